@@ -1,0 +1,142 @@
+"""The sandwich layer: RMSNorm before and after attention and MLP, RoPE, SwiGLU.
+
+B batch, L sequence, D model width, H heads, G KV heads, K head width, F MLP width.
+Every parameter and activation carries logical axis names; what they mean on a mesh is decided
+by the rules of `ouro_jax.parallel`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ouro_jax.config import ModelConfig
+from ouro_jax.model.attention import Attention, cached_attention, matmul_precision
+from ouro_jax.model.cache import KVCache, write_and_read
+
+constrain = nn.with_logical_constraint
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight in x's dtype, as published."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale_D = self.param("scale", init, (x_BLD.shape[-1],))
+        x32 = x_BLD.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)
+
+
+class Projection(nn.Module):
+    """A bias-free linear map by einsum; its kernel has the shape and axis names given."""
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    stddev: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
+        kernel = self.param("kernel", init, self.shape).astype(x.dtype)
+        return jnp.einsum(self.equation, x, kernel, precision=matmul_precision(x.dtype))
+
+
+def rotary_angles(
+    positions_BL: jax.Array, head_dim: int, theta: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of position × theta^(-2i/K), i < K/2; float32, shape [B, L, 1, K/2]."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    inverse_frequency = 1.0 / jnp.asarray(theta, jnp.float32) ** exponent
+    angles = positions_BL.astype(jnp.float32)[..., None, None] * inverse_frequency
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BLHK: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """RoPE in the half-split convention: dimension i pairs with i + K/2."""
+    cos, sin = (part.astype(x_BLHK.dtype) for part in rotary)
+    first, second = jnp.split(x_BLHK, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head or grouped-query attention with RoPE; with a cache, over its slots."""
+
+    config: ModelConfig
+    attention: Attention
+
+    @nn.compact
+    def __call__(self, x_BLD, rotary, segment_ids_BL, cache, address):
+        config = self.config
+        width, std = config.hidden_size, config.initializer_range
+
+        def heads(name, count, axis):
+            shape, axes = (width, count, config.head_dim), ("embed", axis, "head_dim")
+            out = Projection("BLD,DHK->BLHK", shape, axes, std, name=name)(x_BLD)
+            return constrain(out, ("act_batch", "act_length", f"act_{axis}", "act_head_dim"))
+
+        q_BLHK = rotate(heads("q_proj", config.num_heads, "heads"), rotary)
+        k_BLGK = rotate(heads("k_proj", config.num_kv_heads, "kv_heads"), rotary)
+        v_BLGK = heads("v_proj", config.num_kv_heads, "kv_heads")
+        if cache is None:
+            o_BLHK = self.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
+        else:
+            loop, layer, positions_BL = address
+            keys, keys_BGSK = write_and_read(cache.keys_TNBGSK, k_BLGK, *address)
+            values, values_BGSK = write_and_read(cache.values_TNBGSK, v_BLGK, *address)
+            cache = KVCache(keys, values)
+            o_BLHK = cached_attention(q_BLHK, keys_BGSK, values_BGSK, positions_BL)
+        o_BLHK = constrain(o_BLHK, ("act_batch", "act_length", "act_heads", "act_head_dim"))
+        shape, axes = (config.num_heads, config.head_dim, width), ("heads", "head_dim", "embed")
+        out_BLD = Projection("BLHK,HKD->BLD", shape, axes, std, name="o_proj")(o_BLHK)
+        return out_BLD, cache
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        width, inner, std = (
+            self.config.hidden_size, self.config.intermediate_size, self.config.initializer_range,
+        )  # fmt: skip
+
+        def expand(name):
+            out = Projection("BLD,DF->BLF", (width, inner), ("embed", "mlp"), std, name=name)(x_BLD)
+            return constrain(out, ("act_batch", "act_length", "act_mlp"))
+
+        hidden_BLF = nn.silu(expand("gate_proj")) * expand("up_proj")
+        shape, axes = (inner, width), ("mlp", "embed")
+        return Projection("BLF,FD->BLD", shape, axes, std, name="down_proj")(hidden_BLF)
+
+
+class Layer(nn.Module):
+    """One Transformer layer with four norms: each sublayer is normed before and after.
+
+    The carry is (x_BLD, KVCache or None); `layer` is this layer's index in the stack.
+    """
+
+    config: ModelConfig
+    attention: Attention
+
+    @nn.compact
+    def __call__(self, carry, layer, rotary, segment_ids_BL, loop, positions_BL):
+        x_BLD, cache = carry
+        axes = ("act_batch", "act_length", "act_embed")
+
+        def norm(name, x):
+            return RMSNorm(self.config.norm_eps, name=name)(x)
+
+        attend = SelfAttention(self.config, self.attention, name="self_attn")
+        normed_BLD = norm("input_layernorm", x_BLD)
+        address = (loop, layer, positions_BL)
+        out_BLD, cache = attend(normed_BLD, rotary, segment_ids_BL, cache, address)
+        x_BLD = constrain(x_BLD + norm("input_layernorm_2", out_BLD), axes)
+        out_BLD = SwiGLU(self.config, name="mlp")(norm("post_attention_layernorm", x_BLD))
+        x_BLD = constrain(x_BLD + norm("post_attention_layernorm_2", out_BLD), axes)
+        return (x_BLD, cache), None
