@@ -1,0 +1,165 @@
+"""A small real data set without a download: prepared from what Python itself brings along.
+
+Sources: `code` (the standard library), `prose` (its docstrings and help topics), `math`
+(generated modular arithmetic) and `sft` (questions about the library, in ChatML, loss on the
+answers). They take the same way as any other text: tokenizer, rows in ArrayRecord, mixture.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ouro_jax.config import ConfigError, require_choice
+from ouro_jax.data import arithmetic, stdlib_text
+from ouro_jax.data.chat import chat_documents
+from ouro_jax.data.packing import pack
+from ouro_jax.data.rows import DocumentCounts, write_rows
+from ouro_jax.data.stdlib_text import Conversation, in_split
+from ouro_jax.data.tokenizer import tokenize, tokenizer_hash, train_tokenizer
+
+SOURCES = ("code", "prose", "math", "sft")
+SPLITS = ("train", "heldout")
+HELDOUT_SHARE_OF_BYTES = 8  # held-out text is at most one part in so many of the byte limit
+VERSION = 1  # raise it when the same settings give other rows than before
+
+Documents = list[str] | list[Conversation]
+
+
+def build_embedded(
+    root: str | os.PathLike,
+    *,
+    vocab_size: int,
+    sequence_lengths: Mapping[str, Sequence[int]],
+    max_bytes_per_source: int,
+) -> Path:
+    """Prepares the sources named in `sequence_lengths`, each with rows of those lengths.
+
+    Returns the data root, a folder of `root` named by these settings and this Python: it holds
+    `tokenizer.json` (trained on the train split, `vocab_size` entries) and
+    `<source>/<split>-<length>/`. If it is there already nothing is done. Built aside and
+    renamed, so it is whole whenever it is there; of two builders at once the first one wins.
+    """
+    for source in sequence_lengths:
+        require_choice(source, SOURCES, "embedded data: source")
+    settings = {
+        "version": VERSION,
+        "python": sys.version,
+        "vocab_size": vocab_size,
+        "sequence_lengths": {k: sorted(set(v)) for k, v in sorted(sequence_lengths.items())},
+        "max_bytes_per_source": max_bytes_per_source,
+    }
+    text = json.dumps(settings, indent=1, sort_keys=True)
+    final = Path(root) / f"embedded-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    if final.is_dir():
+        return final
+    Path(root).mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".embedded-", dir=root))
+    try:
+        _build(temporary, vocab_size, settings["sequence_lengths"], max_bytes_per_source)
+        (temporary / "settings.json").write_text(text + "\n")
+        temporary.chmod(0o755)
+        _rename_unless_there(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    return final
+
+
+def _rename_unless_there(temporary: Path, final: Path) -> None:
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(temporary)  # another process was faster; its rows are the same
+
+
+def _build(
+    root: Path, vocab_size: int, sequence_lengths: Mapping[str, Sequence[int]], max_bytes: int
+) -> None:
+    documents = {
+        (source, split): _documents(source, split, max_bytes)
+        for source in sequence_lengths
+        for split in SPLITS
+    }
+    training = (documents[source, "train"] for source in sequence_lengths)
+    tokenizer = train_tokenizer((text for part in training for text in _texts(part)), vocab_size)
+    tokenizer.save(str(root / "tokenizer.json"))
+    for (source, split), part in documents.items():
+        _write(root, source, split, part, tokenizer, sequence_lengths[source])
+
+
+def _documents(source: str, split: str, max_bytes: int) -> Documents:
+    """The documents of a source's split, by file in hash order as far as the limit allows."""
+    groups: Iterable[Documents]
+    if source == "math":
+        pairs = arithmetic.problems(seed=SPLITS.index(split))
+        groups = ([text] for problem, text in pairs if in_split(problem, split))
+    else:
+        readers = {
+            "code": stdlib_text.code,
+            "prose": stdlib_text.prose,
+            "sft": stdlib_text.questions,
+        }
+        groups = readers[source](split)
+    limit = max_bytes if split == "train" else max_bytes // HELDOUT_SHARE_OF_BYTES
+    taken = _take(groups, limit)
+    if not taken:
+        raise ConfigError(
+            f"embedded data: {max_bytes:,} bytes per source leave no {split} text for {source!r}; "
+            "allow more."
+        )
+    return taken
+
+
+def _take(groups: Iterable[Documents], limit: int) -> Documents:
+    """Whole groups that fit into `limit` bytes, until 95 % of it is used."""
+    taken, used = [], 0
+    for group in groups:
+        size = sum(len(text.encode()) for text in _texts(group))
+        if used + size <= limit:
+            taken += group
+            used += size
+        if used > 0.95 * limit:
+            break
+    return taken
+
+
+def _texts(documents: Documents) -> Iterator[str]:
+    for document in documents:
+        if isinstance(document, str):
+            yield document
+        else:
+            yield from (message["content"] for message in document)
+
+
+def _write(
+    root: Path,
+    source: str,
+    split: str,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+) -> None:
+    for length in lengths:
+        counts = DocumentCounts()
+        if source == "sft":
+            tokenized = chat_documents(documents, tokenizer, length, counts)
+        else:
+            tokenized = tokenize(tokenizer, documents, counts)
+        write_rows(
+            root / source / f"{split}-{length}",
+            pack(tokenized, length),
+            sequence_length=length,
+            vocab_size=tokenizer.get_vocab_size(),
+            tokenizer_hash=tokenizer_hash(root / "tokenizer.json"),
+            source=source,
+            counts=counts,
+        )

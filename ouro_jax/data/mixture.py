@@ -1,0 +1,285 @@
+"""Sources of rows mixed by weight and read at any position, on any number of hosts.
+
+Each source: shuffle → repeat (Grain's `MapDataset`, random access); then mix → slice by host →
+batch. The position is one integer, the global rows consumed, and every row's place follows from
+its number alone: reading starts anywhere at once, the number of hosts changes nothing but who
+reads which row, and the batch may change from step to step.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from ouro_jax.config import ConfigError, nearest
+from ouro_jax.data.batch import Batch, batch_from_rows
+from ouro_jax.data.rows import MANIFEST, Manifest, Row, RowSource, open_rows
+from ouro_jax.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_hash
+
+# Shares are kept in parts per 2^30. Grain's own `mix` rounds a share down to a hundredth of the
+# smallest one, which is wrong by up to 0.25 percentage points.
+SHARE_UNIT = 1 << 30
+# Grain seeds epoch e of a shuffle with seed + e: with seeds this far apart, no two sources share
+# a permutation for so many epochs.
+SEED_SPACING = 1 << 16
+PREFETCH_STEPS = 4
+READ_THREADS = 2
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """One source of a mixture: rows, tokens without padding, documents, and its share of rows."""
+
+    rows: int
+    tokens: int
+    documents: int
+    weight: float
+
+
+class Mixture:
+    """An endless sequence of rows, numbered from 0, drawn from sources by weight."""
+
+    def __init__(self, sources: Mapping[str, RowSource], weights: Mapping[str, float], seed: int):
+        self._sources, self._weights = dict(sources), dict(weights)
+        self._shares = _integer_shares([self._weights[name] for name in self._sources])
+        seeds = source_seeds(self._sources, seed)
+        self._datasets = [
+            grain.MapDataset.source(source).shuffle(seed=seeds[name]).repeat()
+            for name, source in self._sources.items()
+        ]
+
+    def row(self, index: int) -> Row:
+        """Global row `index`."""
+        which, index_in_source = _interleave(index, self._shares)
+        return self._datasets[which][index_in_source]
+
+    def read(self, start: int, num_rows: int, host: int = 0, num_hosts: int = 1) -> Batch:
+        """This host's share of the global rows `start` … `start + num_rows`.
+
+        Host h of n takes every n-th row from the h-th on; `num_rows` is a multiple of n.
+        """
+        if num_rows % num_hosts:
+            raise ConfigError(
+                f"{num_rows} rows of a batch cannot be divided among {num_hosts} hosts."
+            )
+        return batch_from_rows(
+            [self.row(index) for index in range(start + host, start + num_rows, num_hosts)]
+        )
+
+    def batches(
+        self,
+        position: int,
+        batch_rows_at: Callable[[int], int],
+        *,
+        host: int = 0,
+        num_hosts: int = 1,
+    ) -> Iterator[tuple[int, Batch]]:
+        """Steps from global row `position` on, as (first row, this host's batch), read ahead.
+
+        `batch_rows_at(position)` says how many global rows the step at `position` takes; 0 ends
+        the iteration. Closing the generator (`contextlib.closing`) ends its threads.
+        """
+        steps: deque = deque()
+        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="rows") as readers:
+            try:
+                while True:
+                    while len(steps) < PREFETCH_STEPS and (rows := batch_rows_at(position)):
+                        future = readers.submit(self.read, position, rows, host, num_hosts)
+                        steps.append((position, future))
+                        position += rows
+                    if not steps:
+                        return
+                    start, future = steps.popleft()
+                    yield start, future.result()
+            finally:
+                for _, future in steps:
+                    future.cancel()
+
+    def describe(self) -> dict[str, SourceSummary]:
+        """What each source holds and its share, by name."""
+        return {
+            name: SourceSummary(
+                source.manifest.rows,
+                source.manifest.tokens,
+                source.manifest.documents,
+                self._weights[name],
+            )
+            for name, source in self._sources.items()
+        }
+
+
+def open_mixture(
+    root: str | os.PathLike,
+    weights: Mapping[str, float],
+    *,
+    split: str = "train",
+    sequence_length: int,
+    seed: int,
+    expected_vocab_size: int | None = None,
+) -> Mixture:
+    """Opens the rows `root/<source>/<split>-<sequence_length>/` of every source with a weight.
+
+    Raises ConfigError if the weights do not sum to one, a source or rows of this length are
+    missing, or the rows were made with another tokenizer than `root/tokenizer.json` or for
+    another vocabulary than `expected_vocab_size`.
+    """
+    if any(weight < 0 for weight in weights.values()) or abs(sum(weights.values()) - 1) > 1e-6:
+        raise ConfigError(
+            f"mixture {dict(weights)}: expected shares of 0 or more that sum to one; these sum to "
+            f"{sum(weights.values()):.6g}."
+        )
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    sources = {
+        name: open_source(root, name, split, sequence_length, expected_vocab_size)
+        for name in weights
+    }
+    return Mixture(sources, weights, seed)
+
+
+def open_source(
+    root: str | os.PathLike,
+    source: str,
+    split: str,
+    sequence_length: int,
+    expected_vocab_size: int | None = None,
+) -> RowSource:
+    """The rows of one source, checked against the tokenizer at `root`; errors as above."""
+    directory = _find_rows(Path(root), source, split, sequence_length)
+    rows = open_rows(directory)
+    _check_tokenizer(Path(root), directory, rows.manifest, expected_vocab_size)
+    if rows.manifest.sequence_length != sequence_length:
+        raise ConfigError(
+            f"{directory}: its rows have {rows.manifest.sequence_length} tokens, the folder's "
+            f"name says {sequence_length}."
+        )
+    return rows
+
+
+def _find_rows(root: Path, source: str, split: str, sequence_length: int) -> Path:
+    available = list_sources(root)
+    if not available:
+        raise ConfigError(f"{root}: no prepared data there. Prepare some with `ouro data prepare`.")
+    if source not in available:
+        raise ConfigError(
+            f"mixture: no source {source!r} in {root}; there are {', '.join(available)}."
+            f"{nearest(source, available)}"
+        )
+    lengths = [length for name, length in available[source] if name == split]
+    if sequence_length not in lengths:
+        there = f"the data rows have {', '.join(map(str, lengths))}" if lengths else "there is none"
+        longer = (
+            " The sequence is longer than the data rows."
+            if (lengths and sequence_length > max(lengths))
+            else ""
+        )
+        raise ConfigError(
+            f"sequence_length = {sequence_length}: source {source!r} in {root} has no {split!r} "
+            f"rows of this length; {there}.{longer}"
+        )
+    return root / source / f"{split}-{sequence_length}"
+
+
+def list_sources(root: str | os.PathLike) -> dict[str, list[tuple[str, int]]]:
+    """The (split, sequence length) pairs of every source found in `root`, sorted."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for manifest in sorted(Path(root).glob(f"*/*-*/{MANIFEST}")):
+        split, _, length = manifest.parent.name.rpartition("-")
+        if length.isdigit():
+            found.setdefault(manifest.parent.parent.name, []).append((split, int(length)))
+    return {name: sorted(entries) for name, entries in found.items()}
+
+
+def _check_tokenizer(
+    root: Path, directory: Path, manifest: Manifest, expected_vocab_size: int | None
+) -> None:
+    path = root / "tokenizer.json"
+    hash_here = tokenizer_hash(path)
+    if manifest.tokenizer_hash != hash_here:
+        raise ConfigError(
+            f"{directory} was made with another tokenizer ({manifest.tokenizer_hash[:12]}…) than "
+            f"{path} ({hash_here[:12]}…)."
+        )
+    if expected_vocab_size is not None and manifest.vocab_size != expected_vocab_size:
+        raise ConfigError(
+            f"The vocabularies of tokenizer and model differ: {path} has {manifest.vocab_size} "
+            f"entries, model.vocab_size = {expected_vocab_size}."
+        )
+
+
+def source_seeds(names: Mapping[str, object], seed: int) -> dict[str, int]:
+    """A shuffle seed per source, from its name and `seed`, at least `SEED_SPACING` apart.
+
+    A source keeps its seed when others join, unless their hashes fall on the same place (a
+    chance of 1 in 65,536 per pair); then the alphabetically later one moves on.
+    """
+    places = (1 << 32) // SEED_SPACING
+    taken: dict[int, str] = {}
+    for name in sorted(names):
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        place = int.from_bytes(digest[:4], "little") % places
+        while place in taken:
+            place = (place + 1) % places
+        taken[place] = name
+    return {name: place * SEED_SPACING for place, name in taken.items()}
+
+
+def _integer_shares(weights: list[float]) -> list[int]:
+    """Shares of `SHARE_UNIT`, rounded so that they sum to it exactly and none is 0."""
+    total = sum(weights)
+    borders = np.rint(np.cumsum([0.0, *weights]) / total * SHARE_UNIT).astype(int).tolist()
+    return [max(1, end - start) for start, end in zip(borders[:-1], borders[1:], strict=True)]
+
+
+def _interleave(index: int, shares: list[int]) -> tuple[int, int]:
+    """Which source gives row `index`, and which of its own rows that is.
+
+    Of the first k rows, ⌈k·p/R⌉ come from a source with share p of R. A row that the first
+    source does not give is row ⌊k·(R−p)/R⌋ of what the others give among themselves.
+    """
+    remaining = sum(shares)
+    for which, share in enumerate(shares):
+        before = index * (remaining - share) // remaining
+        after = (index + 1) * (remaining - share) // remaining
+        if before == after:
+            return which, index - before
+        index, remaining = before, remaining - share
+    raise AssertionError("the last source takes every row that is left")
+
+
+class HeldoutBatch(NamedTuple):
+    """A batch and the bytes of text that its scored targets stand for."""
+
+    batch: Batch
+    num_bytes: int
+
+
+def heldout_batches(
+    root: str | os.PathLike,
+    source: str,
+    sequence_length: int,
+    batch_rows: int,
+    max_rows: int,
+) -> Iterator[HeldoutBatch]:
+    """At most `max_rows` held-out rows of `source`, evenly spread over it, in a fixed order.
+
+    Every batch has `batch_rows` rows; the last one is filled up with rows of padding, which
+    score nothing.
+    """
+    rows = open_source(root, source, "heldout", sequence_length)
+    bytes_V = token_byte_lengths(load_tokenizer(Path(root) / "tokenizer.json"))
+    count = min(len(rows), max_rows)
+    chosen = [index * len(rows) // count for index in range(count)]
+    padding = Row(np.zeros(sequence_length, np.int32), np.zeros(0, np.uint32))
+    for start in range(0, count, batch_rows):
+        members = [rows[index] for index in chosen[start : start + batch_rows]]
+        members += [padding] * (batch_rows - len(members))
+        batch = batch_from_rows(members)
+        num_bytes = int(bytes_V[batch.targets_BL][batch.loss_mask_BL].sum())
+        yield HeldoutBatch(batch, num_bytes)
