@@ -260,13 +260,17 @@ class Config:
         start = names.index(self.first_stage) if self.first_stage else 0
         return [(name, self.stages[name]) for name in names[start:]]
 
-    def stage_model(self, stage: Stage) -> ModelConfig:
-        """The model's own config as of `stage`: its layers, loops and RoPE base."""
+    def stage_model(self, name: str) -> ModelConfig:
+        """The model's own config as of a stage: its layers, loops, RoPE base and longest row."""
+        stream = self.stream()
+        past = stream[: [other for other, _ in stream].index(name) + 1]
+        stage = self.stages[name]
         return dataclasses.replace(
             self.model,
             num_layers=stage.num_layers,
             num_loops=stage.num_loops,
             rope_theta=stage.rope_theta,
+            max_position_embeddings=max(earlier.sequence_length for _, earlier in past),
         )
 
 

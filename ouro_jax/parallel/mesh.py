@@ -1,0 +1,107 @@
+"""One mesh of five axes, and one table from the model's logical axes to them.
+
+`slice` crosses pods (DCN), `data` and `fsdp` split the batch, `fsdp` also the parameters and the
+optimizer, `tensor` heads, MLP width and vocabulary, `context` the sequence.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ouro_jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig
+
+BATCH_AXES = ("slice", "data", "fsdp")
+
+LOGICAL_AXIS_RULES = (
+    ("vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("mlp", "tensor"),
+    ("norm", None),
+    ("layers", None),
+    ("act_batch", BATCH_AXES),
+    ("act_length", "context"),
+    ("act_embed", None),
+    ("act_heads", "tensor"),
+    ("act_kv_heads", "tensor"),
+    ("act_head_dim", None),
+    ("act_mlp", "tensor"),
+    ("act_vocab", "tensor"),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over all devices; axes set to 0 become 1, `data` takes what is left.
+
+    Raises ConfigError when the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in sizes.values() if size)
+    if not sizes["data"]:
+        sizes["data"] = max(1, len(devices) // fixed)
+    sizes = {axis: size or 1 for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        shape = " × ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        raise ConfigError(
+            f"{shape} = {math.prod(sizes.values())} devices, but {len(devices)} are here. "
+            "Change the axes, or leave mesh.data unset to have it chosen."
+        )
+    # Auto axes: under Explicit ones, logical constraints raise instead of constraining.
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, types, devices=devices)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Inside, logical names mean axes of `mesh`.
+
+    `jax.set_mesh` and not `with mesh:`, under which logical constraints silently do nothing.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
+        yield
+
+
+def require_mesh() -> None:
+    """Called while tracing: refuses to go on outside `use_mesh`, where constraints do nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        raise RuntimeError("call this inside `with use_mesh(mesh):`")
+
+
+def check_model_fits(model: ModelConfig, mesh: Mesh, key: str) -> None:
+    """Raises a ConfigError that names the parameter axis which a mesh axis does not divide."""
+    for mesh_axis, sizes in (
+        ("tensor", ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")),
+        ("fsdp", ("hidden_size",)),
+    ):
+        parts = mesh.shape[mesh_axis]
+        for name in sizes:
+            if getattr(model, name) % parts:
+                raise ConfigError(
+                    f"mesh.{mesh_axis} = {parts} does not divide {name} = {getattr(model, name)} "
+                    f"of {key}; choose a divisor."
+                )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh, microbatched: bool) -> NamedSharding:
+    """Sharding of arrays [rows, L], or [microbatches, rows, L]."""
+    spec = (BATCH_AXES, "context")
+    return NamedSharding(mesh, PartitionSpec(None, *spec) if microbatched else PartitionSpec(*spec))
+
+
+def shardings(boxed_tree, mesh: Mesh):
+    """Shardings of a tree whose leaves carry logical axis names (unboxed shape of the tree)."""
+    specs = nn.get_partition_spec(boxed_tree)
+    return nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
+

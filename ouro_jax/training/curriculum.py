@@ -1,0 +1,146 @@
+"""The curriculum as data: rows, batches and learning rate at any point of a stage.
+
+Tokens are the clock. Rows of the stage consumed so far decide the batch of the next step and the
+learning rate, so nothing depends on how a run was interrupted.
+"""
+
+import dataclasses
+import math
+
+import optax
+
+from ouro_jax.config import Config, ConfigError, Stage, num_parameters
+from ouro_jax.model.flops import train_flops_per_token
+
+# A microbatch of about 8K tokens per device keeps matrix products large and memory small.
+MICROBATCH_TOKENS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """A stage with its batches laid out: what happens at any row of it."""
+
+    name: str
+    stage: Stage
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of the stage; the last step may take it past `stage.tokens` by part of a batch."""
+        rows = math.ceil(self.stage.tokens / self.stage.sequence_length)
+        for start, end, batch in self._segments():
+            if end is None or end >= rows:
+                return start + math.ceil((rows - start) / batch) * batch
+        raise AssertionError("the last segment has no end")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        total = self.total_rows
+        return sum(
+            math.ceil(((total if end is None else min(end, total)) - start) / batch)
+            for start, end, batch in self._segments()
+            if start < total
+        )
+
+    def batch_rows(self, row: int) -> int:
+        """Rows of the step that starts at `row`."""
+        for start, end, batch in self._segments():
+            if start <= row and (end is None or row < end):
+                return batch
+        raise AssertionError("the last segment has no end")
+
+    def learning_rate(self, row: int) -> float:
+        """Learning rate of the step that ends at `row`; evaluated by optax in units of tokens."""
+        return float(self._schedule()(float(row * self.stage.sequence_length)))
+
+    def batch_sizes(self) -> list[int]:
+        """Every number of rows a step of this stage can have."""
+        tokens = [row[1] for row in self.stage.batch_ramp] + [self.stage.batch_tokens]
+        return [count // self.stage.sequence_length for count in tokens]
+
+    def _segments(self) -> list[tuple[int, int | None, int]]:
+        """(first row, row after the last or None, rows per batch); steps never straddle two."""
+        segments, start = [], 0
+        length = self.stage.sequence_length
+        for until_tokens, batch_tokens in self.stage.batch_ramp:
+            batch = batch_tokens // length
+            steps = math.ceil((until_tokens / length - start) / batch)
+            end = start + max(0, steps) * batch
+            segments.append((start, end, batch))
+            start = end
+        return [*segments, (start, None, self.stage.batch_tokens // length)]
+
+    def _schedule(self) -> optax.Schedule:
+        stage = self.stage
+        # Floats throughout: 3e12 tokens do not fit int32, and float32 is exact to 3e5 of them.
+        total, warmup = float(stage.tokens), float(stage.warmup_tokens)
+        peak, final = stage.learning_rate, stage.final_learning_rate
+        if stage.schedule == "cosine":
+            after = optax.cosine_decay_schedule(peak, total - warmup, final / peak)
+        elif stage.schedule == "wsd":
+            decay = float(stage.decay_tokens)
+            stable = optax.constant_schedule(peak)
+            fall = optax.linear_schedule(peak, final, max(decay, 1.0))
+            after = optax.join_schedules([stable, fall], [total - warmup - decay])
+        else:
+            after = optax.constant_schedule(peak)
+        if not warmup:
+            return after
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def microbatch_rows(plan: StagePlan, shards: int, requested: int) -> int:
+    """Rows of one microbatch over all devices: `requested` rows on each of `shards`, or chosen.
+
+    Chosen: the largest number per device that divides every batch of the stage and holds at most
+    8,192 tokens. Raises ConfigError where a batch of the stage does not divide.
+    """
+    key = f"stages.{plan.name}"
+    for rows in plan.batch_sizes():
+        if rows % shards:
+            raise ConfigError(
+                f"{key}.batch_tokens: a batch of {rows} rows of {plan.stage.sequence_length} "
+                f"tokens does not divide over {shards} devices; make it a multiple of "
+                f"{shards * plan.stage.sequence_length:,} tokens."
+            )
+        if requested and (rows // shards) % requested:
+            raise ConfigError(
+                f"layout.microbatch_rows = {requested} does not divide the {rows // shards} rows "
+                f"per device of {key} ({rows} rows over {shards} devices); choose a divisor."
+            )
+    if requested:
+        return requested * shards
+    common = math.gcd(*(rows // shards for rows in plan.batch_sizes()))
+    most = max(1, MICROBATCH_TOKENS // plan.stage.sequence_length)
+    return shards * max(rows for rows in range(1, most + 1) if common % rows == 0)
+
+
+def describe(config: Config) -> list[dict]:
+    """One row per stage for the dry run: what it trains, on how much, at which cost."""
+    table = []
+    for name, stage in config.stream():
+        plan, model = StagePlan(name, stage), config.stage_model(name)
+        tokens = plan.total_rows * stage.sequence_length
+        table.append(
+            {
+                "stage": name,
+                "tokens": tokens,
+                "steps": plan.num_steps,
+                "sequence_length": stage.sequence_length,
+                "batch_tokens": [rows * stage.sequence_length for rows in plan.batch_sizes()],
+                "layers": stage.num_layers,
+                "loops": stage.num_loops,
+                "rope_theta": stage.rope_theta,
+                "entropy_weight": stage.entropy_weight,
+                "schedule": stage.schedule,
+                "learning_rate": stage.learning_rate,
+                "final_learning_rate": plan.learning_rate(plan.total_rows),
+                "objective": stage.objective,
+                "transition": stage.transition,
+                "mixture": dict(stage.mixture),
+                "parameters": num_parameters(model),
+                "flops": tokens * train_flops_per_token(model, stage.sequence_length),
+                "checkpoints": max(1, math.ceil(tokens / config.checkpoint.every_tokens)),
+            }
+        )
+    return table

@@ -1,0 +1,87 @@
+"""What a training step carries from one step to the next, and how it lies on the mesh."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from ouro_jax.config import ModelConfig, OptimizerConfig
+from ouro_jax.model.loop_lm import LoopLM
+from ouro_jax.parallel.mesh import shardings
+from ouro_jax.training.optimizer import make_optimizer, trained_part
+
+
+@struct.dataclass
+class TrainState:
+    """Parameters (float32), optimizer state of the trained part, optimizer steps, random key."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+    rng: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StateFactory:
+    """Makes states of one model under one objective, and describes them without making one."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    objective: str
+    mesh: Mesh
+
+    def init(self, seed: int) -> TrainState:
+        """Fresh parameters, N(0, initializer_range), drawn in place on the mesh."""
+        make = jax.jit(lambda key: nn.unbox(self._boxed(key)), out_shardings=self.shardings())
+        return make(jax.random.key(seed))
+
+    def fresh_optimizer(self, params: Any) -> Any:
+        """A new optimizer state for the trained part of `params`."""
+        make = jax.jit(self._optimizer_state, out_shardings=self.shardings().opt_state)
+        return make(params)
+
+    def abstract(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state; nothing is allocated."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            nn.unbox(self._abstract_boxed()),
+            self.shardings(),
+        )
+
+    def shardings(self) -> TrainState:
+        """Where every leaf lies: parameters and moments over `fsdp` and `tensor`."""
+        return shardings(self._abstract_boxed(), self.mesh)
+
+    def _abstract_boxed(self):
+        return jax.eval_shape(self._boxed, jax.random.key(0))
+
+    def _boxed(self, key: jax.Array) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        params = LoopLM(self.model).init(init_key, tokens)["params"]
+        return TrainState(
+            params, self._optimizer_state(params), jnp.zeros((), jnp.int32),
+            jax.random.key_data(run_key),
+        )  # fmt: skip
+
+    def _optimizer_state(self, params):
+        return make_optimizer(self.optimizer, 0.0, 0.0).init(trained_part(params, self.objective))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract_params(model: ModelConfig) -> Any:
+    """Shapes and dtypes of the parameters of `model`, whole on the first device."""
+    init = jax.eval_shape(LoopLM(model).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(init["params"]),
+    )
