@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -21,7 +22,7 @@ from ouro_jax.data import arithmetic, stdlib_text
 from ouro_jax.data.chat import chat_documents
 from ouro_jax.data.packing import pack
 from ouro_jax.data.rows import DocumentCounts, write_rows
-from ouro_jax.data.stdlib_text import Conversation, in_split
+from ouro_jax.data.splits import in_split
 from ouro_jax.data.tokenizer import tokenize, tokenizer_hash, train_tokenizer
 
 SOURCES = ("code", "prose", "math", "sft")
@@ -29,7 +30,7 @@ SPLITS = ("train", "heldout")
 HELDOUT_SHARE_OF_BYTES = 8  # held-out text is at most one part in so many of the byte limit
 VERSION = 1  # raise it when the same settings give other rows than before
 
-Documents = list[str] | list[Conversation]
+Documents = list[Any]  # texts; conversations (lists of messages) for sft
 
 
 def build_embedded(

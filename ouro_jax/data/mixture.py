@@ -58,7 +58,9 @@ class Mixture:
     def row(self, index: int) -> Row:
         """Global row `index`."""
         which, index_in_source = _interleave(index, self._shares)
-        return self._datasets[which][index_in_source]
+        row = self._datasets[which][index_in_source]
+        assert row is not None  # Grain's sign for a filtered element; nothing is filtered here
+        return row
 
     def read(self, start: int, num_rows: int, host: int = 0, num_hosts: int = 1) -> Batch:
         """This host's share of the global rows `start` … `start + num_rows`.
@@ -191,7 +193,7 @@ def list_sources(root: str | os.PathLike) -> dict[str, list[tuple[str, int]]]:
     found: dict[str, list[tuple[str, int]]] = {}
     for manifest in sorted(Path(root).glob(f"*/*-*/{MANIFEST}")):
         split, _, length = manifest.parent.name.rpartition("-")
-        if length.isdigit():
+        if length.isdigit() and not split.startswith("."):  # a dot: still being written
             found.setdefault(manifest.parent.parent.name, []).append((split, int(length)))
     return {name: sorted(entries) for name, entries in found.items()}
 

@@ -6,7 +6,6 @@ held-out code is in the held-out docstrings and questions, and nowhere in the tr
 
 import ast
 import functools
-import hashlib
 import pydoc_data.topics
 import re
 import sysconfig
@@ -16,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ouro_jax.data.splits import in_split, stable_hash
+
 # No tests and nothing installed later. `encodings` is 1.5 MB of tables that resemble each other,
 # `pydoc_data` is the prose itself.
 EXCLUDED_FOLDERS = frozenset(
     "site-packages dist-packages test tests idle_test encodings pydoc_data __pycache__".split()
 )
-HELDOUT_SHARE = 20  # one module in so many
 
 Conversation = list[dict[str, str]]
 
@@ -40,16 +40,6 @@ class Module(NamedTuple):
     name: str
     docstring: str
     entries: tuple[Entry, ...]
-
-
-def stable_hash(text: str) -> int:
-    """The same 64 bits for the same text on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
-def in_split(key: str, split: str) -> bool:
-    """Whether the document or module `key` belongs to `split`: `train` or `heldout`."""
-    return (stable_hash(f"split/{key}") % HELDOUT_SHARE == 0) == (split == "heldout")
 
 
 @functools.cache
@@ -141,7 +131,7 @@ def _module_questions(module: Module) -> Iterator[Conversation]:
         if any(part.startswith("_") for part in entry.name.split(".")):
             continue
         what = f"What does {entry.name} do?", _first_paragraph(entry.docstring)
-        how = f"What is the signature of {entry.name}?", f"{entry.signature}"
+        how = f"What is the signature of {entry.name}?", entry.signature
         if stable_hash(entry.name) % 2:
             yield _turns(*what)
             yield _turns(*how)
