@@ -96,6 +96,10 @@ class StageCheckpoints:
         """The parameters of `step` alone."""
         return self._restore(step, {"params": abstract_params})["params"]
 
+    def has_optimizer(self, step: int) -> bool:
+        """Whether `step` was saved by training, and not as parameters alone."""
+        return (self.directory / str(step) / "rest").exists()
+
     def params_dtypes(self, step: int) -> Any:
         """The parameters' dtypes as saved, in the tree of the parameters."""
         metadata = self._manager.item_metadata(step)["params"].tree
@@ -193,7 +197,9 @@ def _check_shapes(metadata: Any, abstract: Any, folder: epath.Path) -> None:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     def name(path):
-        return "/".join(str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path)
+        return "/".join(
+            str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path
+        )
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {name(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -11,6 +11,7 @@ import optax
 
 from ouro_jax.config import Config, ConfigError, Stage, num_parameters
 from ouro_jax.model.flops import train_flops_per_token
+from ouro_jax.training.optimizer import GATE_OBJECTIVES
 
 # A microbatch of about 8K tokens per device keeps matrix products large and memory small.
 MICROBATCH_TOKENS = 8192
@@ -43,7 +44,9 @@ class StagePlan:
         )
 
     def batch_rows(self, row: int) -> int:
-        """Rows of the step that starts at `row`."""
+        """Rows of the step that starts at `row`; 0 at the end of the stage."""
+        if row >= self.total_rows:
+            return 0
         for start, end, batch in self._segments():
             if start <= row and (end is None or row < end):
                 return batch
@@ -121,6 +124,9 @@ def describe(config: Config) -> list[dict]:
     for name, stage in config.stream():
         plan, model = StagePlan(name, stage), config.stage_model(name)
         tokens = plan.total_rows * stage.sequence_length
+        flops = train_flops_per_token(model, stage.sequence_length)
+        if stage.objective in GATE_OBJECTIVES:
+            flops //= 3  # no backward pass through the frozen language model
         table.append(
             {
                 "stage": name,
@@ -132,6 +138,7 @@ def describe(config: Config) -> list[dict]:
                 "loops": stage.num_loops,
                 "rope_theta": stage.rope_theta,
                 "entropy_weight": stage.entropy_weight,
+                "warmup_tokens": stage.warmup_tokens,
                 "schedule": stage.schedule,
                 "learning_rate": stage.learning_rate,
                 "final_learning_rate": plan.learning_rate(plan.total_rows),
@@ -139,7 +146,7 @@ def describe(config: Config) -> list[dict]:
                 "transition": stage.transition,
                 "mixture": dict(stage.mixture),
                 "parameters": num_parameters(model),
-                "flops": tokens * train_flops_per_token(model, stage.sequence_length),
+                "flops": tokens * flops,
                 "checkpoints": max(1, math.ceil(tokens / config.checkpoint.every_tokens)),
             }
         )

@@ -36,8 +36,7 @@ class StateFactory:
 
     def init(self, seed: int) -> TrainState:
         """Fresh parameters, N(0, initializer_range), drawn in place on the mesh."""
-        make = jax.jit(lambda key: nn.unbox(self._boxed(key)), out_shardings=self.shardings())
-        return make(jax.random.key(seed))
+        return jax.jit(self._unboxed, out_shardings=self.shardings())(jax.random.key(seed))
 
     def fresh_optimizer(self, params: Any) -> Any:
         """A new optimizer state for the trained part of `params`."""
@@ -48,16 +47,16 @@ class StateFactory:
         """Shapes, dtypes and shardings of the state; nothing is allocated."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            nn.unbox(self._abstract_boxed()),
+            jax.eval_shape(self._unboxed, jax.random.key(0)),
             self.shardings(),
         )
 
     def shardings(self) -> TrainState:
         """Where every leaf lies: parameters and moments over `fsdp` and `tensor`."""
-        return shardings(self._abstract_boxed(), self.mesh)
+        return shardings(jax.eval_shape(self._boxed, jax.random.key(0)), self.mesh)
 
-    def _abstract_boxed(self):
-        return jax.eval_shape(self._boxed, jax.random.key(0))
+    def _unboxed(self, key: jax.Array) -> TrainState:
+        return nn.unbox(self._boxed(key))
 
     def _boxed(self, key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
@@ -79,9 +78,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def abstract_params(model: ModelConfig) -> Any:
     """Shapes and dtypes of the parameters of `model`, whole on the first device."""
-    init = jax.eval_shape(LoopLM(model).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+    def init(key):
+        return nn.unbox(LoopLM(model).init(key, jnp.zeros((1, 2), jnp.int32)))["params"]
+
     sharding = SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(init["params"]),
+        jax.eval_shape(init, jax.random.key(0)),
     )

@@ -110,15 +110,15 @@ def batch_sums(spec: StepSpec, params: Any, batch: Batch, inputs: StepInputs) ->
 
 
 @functools.cache
-def compiled_evaluation(spec: StepSpec, num_loops: int):
+def compiled_evaluation(config: ModelConfig, mesh: Mesh, num_loops: int):
     """The jitted evaluation (params, batch [B, L], rope_theta) → sums.
 
     `loss_per_loop` covers loops 1 … `num_loops`, beyond training too; the exit distribution and
     the depth are those of the trained number of loops.
     """
-    model = LoopLM(spec.model, remat="none")
-    trained_loops = spec.model.num_loops
-    chunk = CHUNK_TOKENS * batch_shards(spec.mesh)
+    model = LoopLM(config, remat="none")
+    trained_loops = config.num_loops
+    chunk = CHUNK_TOKENS * batch_shards(mesh)
 
     def evaluate(params: Any, batch: Batch, rope_theta: jax.Array) -> Sums:
         require_mesh()
@@ -133,7 +133,7 @@ def compiled_evaluation(spec: StepSpec, num_loops: int):
         per_loop_T = jnp.sum(jnp.where(batch.loss_mask_BL, ce_TBL, 0.0), axis=(-2, -1))
         return sums.replace(metrics=sums.metrics | {"loss_per_loop": per_loop_T})
 
-    return jax.jit(evaluate, out_shardings=replicated(spec.mesh))
+    return jax.jit(evaluate, out_shardings=replicated(mesh))
 
 
 def _groups(gradients: Any) -> dict[str, Any]:

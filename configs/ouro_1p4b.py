@@ -1,0 +1,146 @@
+"""Ouro 1.4B through the whole curriculum of the paper (Table 1): 7.7T tokens and the tuning after.
+
+  ouro train --config=configs/ouro_1p4b.py --dry_run
+  ouro train --config=configs/ouro_1p4b.py --workdir=gs://BUCKET/ouro_1p4b
+
+Needs: prepared rows of every source in `configs/data/mixtures.py` under `data.root`, with the
+49,152-entry SmolLM2 tokenizer. 4.3e23 FLOPs, as `--dry_run` prints: 78 days on 256 v5p chips at
+55 % of their 459 TFLOP/s. Expect (paper, Table 7): MMLU 67.35, GSM8K 78.92 at 4 loops.
+
+What the paper leaves open, and what stands here:
+  warm-up             8B tokens (2,000 steps of 4M)
+  4M → 8M batch       in steps of 1M, 100B tokens each
+  AdamW epsilon       1e-8
+  weight decay        matrices only
+  SFT                 100B tokens (2 epochs of 8.3M examples at 6K tokens), batches of 1M,
+                      equation 4 with the β of pre-training, cosine to 0
+  gate                1B tokens of the annealing mixture, 1e-4
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from ouro_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, Stage, to_config_dict
+
+MIXTURES = runpy.run_path(str(Path(__file__).with_name("data") / "mixtures.py"))
+MILLION, BILLION, TRILLION = 2**20, 10**9, 10**12
+
+
+def get_stages(num_layers: int) -> dict[str, Stage]:
+    """The paper's stages for a model of `num_layers`; stable_1a is trained with 24."""
+    return {
+        "stable_1a": Stage(
+            tokens=3 * TRILLION,
+            sequence_length=4096,
+            batch_tokens=8 * MILLION,
+            batch_ramp=(
+                (100 * BILLION, 4 * MILLION),
+                (200 * BILLION, 5 * MILLION),
+                (300 * BILLION, 6 * MILLION),
+                (400 * BILLION, 7 * MILLION),
+            ),
+            num_layers=24,
+            num_loops=8,
+            mixture=MIXTURES["STABLE"],
+            learning_rate=3e-4,
+            warmup_tokens=8 * BILLION,
+            entropy_weight=0.1,
+        ),
+        "stable_1b": Stage(
+            tokens=3 * TRILLION,
+            sequence_length=4096,
+            batch_tokens=8 * MILLION,
+            num_layers=num_layers,
+            num_loops=4,
+            mixture=MIXTURES["STABLE"],
+            learning_rate=3e-4,
+        ),
+        "anneal": Stage(
+            tokens=1400 * BILLION,
+            sequence_length=16_384,
+            batch_tokens=8 * MILLION,
+            num_layers=num_layers,
+            num_loops=4,
+            rope_theta=40_000.0,
+            mixture=MIXTURES["ANNEAL"],
+            schedule="cosine",
+            learning_rate=3e-4,
+            final_learning_rate=3e-5,
+        ),
+        "long_context": Stage(
+            tokens=20 * BILLION,
+            sequence_length=65_536,
+            batch_tokens=8 * MILLION,
+            num_layers=num_layers,
+            num_loops=4,
+            rope_theta=1_000_000.0,
+            mixture=MIXTURES["LONG_CONTEXT"],
+            learning_rate=3e-5,
+        ),
+        "mid_training": Stage(
+            tokens=300 * BILLION,
+            sequence_length=32_768,
+            batch_tokens=8 * MILLION,
+            num_layers=num_layers,
+            num_loops=4,
+            rope_theta=1_000_000.0,
+            mixture=MIXTURES["MID_TRAINING"],
+            schedule="cosine",
+            learning_rate=3e-5,
+            final_learning_rate=1e-5,
+        ),
+        "sft": Stage(
+            tokens=100 * BILLION,
+            sequence_length=32_768,
+            batch_tokens=1 * MILLION,
+            num_layers=num_layers,
+            num_loops=4,
+            rope_theta=1_000_000.0,
+            mixture=MIXTURES["SFT"],
+            schedule="cosine",
+            learning_rate=2e-5,
+            reset_optimizer=True,
+        ),
+        "gate": Stage(
+            tokens=1 * BILLION,
+            sequence_length=4096,
+            batch_tokens=1 * MILLION,
+            num_layers=num_layers,
+            num_loops=4,
+            rope_theta=1_000_000.0,
+            mixture=MIXTURES["ANNEAL"],
+            objective="gate",
+            learning_rate=1e-4,
+            weight_decay=0.0,
+        ),
+    }
+
+
+def get_model(num_layers: int) -> ModelConfig:
+    """The released models' shape (paper, Table 2, and their config.json)."""
+    return ModelConfig(
+        vocab_size=49_152,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_layers=num_layers,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        num_loops=4,
+        max_position_embeddings=65_536,
+    )
+
+
+def get_config() -> ConfigDict:
+    """The run that keeps 24 layers."""
+    return to_config_dict(
+        Config(
+            name="ouro_1p4b",
+            model=get_model(24),
+            stages=get_stages(24),
+            data=DataConfig(root="data/ouro"),
+            checkpoint=CheckpointConfig(every_tokens=20 * BILLION, keep=3),
+        )
+    )

@@ -1,0 +1,1 @@
+"""Floor 7: one small file per verb; parsing and printing, no logic."""

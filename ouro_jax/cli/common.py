@@ -1,0 +1,112 @@
+"""What all verbs share: parsing, exit codes, `--help`, `--json`, reading the config flag.
+
+Exit codes: 0 success, 2 a wrong config, flag or input, 1 anything else.
+"""
+
+import json
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from ouro_jax.config import Config, ConfigError, from_config_dict, nearest
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_bool("json", False, "Print one line of JSON last.")
+
+
+def define_config() -> None:
+    """Defines `--config=FILE[:VARIANT]` with `--config.key=value` overrides."""
+    config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:VARIANT.")
+
+
+def config_from_flags() -> Config:
+    """The validated Config of `--config` and its overrides."""
+    if FLAGS.config is None:
+        raise ConfigError("--config is missing: name a config file, e.g. --config=configs/tiny.py")
+    return from_config_dict(FLAGS.config)
+
+
+def required(name: str, example: str) -> str:
+    """The value of a flag that must be given; ConfigError with an example if it was not."""
+    value = FLAGS[name].value
+    if not value:
+        raise ConfigError(f"--{name} is missing: e.g. --{name}={example}")
+    return value
+
+
+def run_verb(main: Callable[[], Mapping[str, Any] | None], module: str) -> None:
+    """Parses the command line, runs `main`, and leaves the process with the right code.
+
+    `main` returns what `--json` prints. `module` is the verb's `__name__`; its docstring is the
+    help.
+    """
+    if module not in ("__main__", sys.argv[0]):
+        sys.argv[0] = module
+    doc = sys.modules[module].__doc__ or ""
+    if any(argument in ("--help", "-h", "-help") for argument in sys.argv[1:]):
+        shared = [f"  --{name}: {FLAGS[name].help}" for name in ("config", "json") if name in FLAGS]
+        print("\n".join([doc.strip(), "\nFlags:", FLAGS.module_help(module), *shared]))
+        sys.exit(0)
+    # Orbax and jax report their own progress at INFO; a run shows its own.
+    logging.set_verbosity(logging.ERROR)
+    try:
+        _parse(sys.argv)
+        result = main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    if FLAGS.json and result is not None:
+        print(json.dumps(result))
+    sys.exit(0)
+
+
+def _parse(argv: list[str]) -> None:
+    try:
+        surplus = FLAGS(argv)[1:]
+    except flags.Error as error:
+        hint = ""
+        if "invalid literal for int()" in str(error):
+            hint = " Write whole numbers as 1000000 or 1_000_000."
+        raise ConfigError(f"{error}{hint}") from error
+    except OSError as error:
+        raise ConfigError(f"--config: {error}") from error
+    except (AttributeError, KeyError) as error:
+        raise ConfigError(_unknown_key(argv, error)) from error
+    if surplus:
+        raise ConfigError(f"{surplus[0]!r}: expected flags only, as in --name=value.")
+
+
+def _unknown_key(argv: list[str], error: Exception) -> str:
+    """ml_collections names the last part of an unknown key only; this finds the whole and a hint."""
+    files = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+    if files:
+        path, _, variant = files[-1].partition(":")
+        get_config = runpy.run_path(path)["get_config"]
+        known = _dotted_keys(get_config(variant) if variant else get_config())
+        for argument in argv:
+            if argument.startswith("--config."):
+                key = argument.removeprefix("--config.").split("=", 1)[0]
+                if key not in known:
+                    return f"Unknown config key {key!r}.{nearest(key, known)}"
+    return f"--config: {error}"
+
+
+def _dotted_keys(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in tree.items():
+        keys.append(prefix + name)
+        if isinstance(value, Mapping | ConfigDict):
+            keys += _dotted_keys(value, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,32 @@
+"""`ouro VERB --flag=value …`: finds the verb's module and runs it."""
+
+import importlib
+import sys
+
+from ouro_jax.config import nearest
+
+VERBS = {
+    "train": "run or continue a curriculum",
+    "data": "prepare, inspect and verify data sets",
+    "generate": "text from a checkpoint, with the exit depth of every token",
+    "convert": "Hugging Face checkpoints in and out",
+    "report": "one page of pictures and tables from what a run wrote",
+}
+
+
+def main() -> None:
+    """Entry point of the command `ouro`."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("--help", "-h", "help"):
+        print("usage: ouro VERB --flag=value …   (ouro VERB --help shows the flags)\n")
+        for verb, does in VERBS.items():
+            print(f"  {verb:10s} {does}")
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    verb = sys.argv.pop(1)
+    if verb not in VERBS:
+        print(f"error: unknown verb {verb!r}.{nearest(verb, VERBS)}", file=sys.stderr)
+        sys.exit(2)
+    importlib.import_module(f"ouro_jax.cli.{verb}").run()
+
+
+if __name__ == "__main__":
+    main()

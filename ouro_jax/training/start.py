@@ -1,0 +1,123 @@
+"""Where the parameters of a stage come from.
+
+In this order: the stage's own newest checkpoint; the stage before, through this stage's
+transition; `init_from`, likewise; fresh ones. Always read from disk, so that a run that was
+killed between two stages goes on exactly as one that was not.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ouro_jax.config import Config, ConfigError, check_transition
+from ouro_jax.interop.huggingface import load_huggingface
+from ouro_jax.interop.huggingface_config import config_from_json
+from ouro_jax.training.checkpoints import (
+    Position,
+    StageCheckpoints,
+    latest_stage,
+    load_position,
+)
+from ouro_jax.training.optimizer import GATE_OBJECTIVES
+from ouro_jax.training.state import StateFactory, TrainState
+from ouro_jax.training.transitions import upcycle
+
+# What a stage may not change, whatever it starts from.
+FIXED = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+
+
+def is_huggingface(path: str | Path) -> bool:
+    """Whether `path` is a folder in the Hugging Face format."""
+    folder = Path(path)
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors*"))
+
+
+def check_init_from(config: Config) -> None:
+    """Raises a ConfigError if `init_from` cannot start the first stage; reads no arrays."""
+    if not config.init_from:
+        return
+    name, stage = config.stream()[0]
+    if is_huggingface(config.init_from):
+        file = Path(config.init_from) / "config.json"
+        source = config_from_json(json.loads(file.read_text()), None, str(file))
+    else:
+        source = load_position(config.init_from).model
+    for field in FIXED:
+        ours, theirs = getattr(config.model, field), getattr(source, field)
+        if ours != theirs:
+            raise ConfigError(
+                f"model.{field} = {ours}, but init_from = {config.init_from!r} has {theirs}; "
+                "make them equal."
+            )
+    check_transition(stage.transition, source.num_layers, stage.num_layers, f"stages.{name}")
+
+
+def fresh_state(factory: StateFactory, config: Config, name: str) -> tuple[TrainState, Position]:
+    """A state of random parameters at the start of a run."""
+    model = config.stage_model(name)
+    position = Position(name, 0, 0, 0, False, model, factory.objective, config.seed)
+    return factory.init(config.seed), position
+
+
+def state_from(
+    source: str | Path, factory: StateFactory, config: Config, name: str
+) -> tuple[TrainState, Position]:
+    """The state of a stage that starts from another stage's folder or a Hugging Face folder."""
+    if is_huggingface(source):
+        before, state = _from_huggingface(source, config, factory.mesh)
+    else:
+        before, state = _from_stage(latest_stage(source), config, factory.mesh)
+    stage = config.stages[name]
+    check_transition(stage.transition, before.model.num_layers, stage.num_layers, f"stages.{name}")
+    factor = stage.num_layers // before.model.num_layers
+    keeps = before.objective not in GATE_OBJECTIVES and factory.objective not in GATE_OBJECTIVES
+    keeps = keeps and not stage.reset_optimizer and state.opt_state is not None
+
+    def transit(tree: Any) -> Any:
+        return tree if factor == 1 else upcycle(tree, factor, stage.transition)
+
+    target = factory.shardings()
+    params = jax.jit(transit, out_shardings=target.params)(state.params)
+    if keeps:
+        opt_state = jax.jit(transit, out_shardings=target.opt_state)(state.opt_state)
+    else:
+        opt_state = factory.fresh_optimizer(params)
+    position = dataclasses.replace(
+        before, stage=name, rows=0, finished=False, model=config.stage_model(name),
+        objective=factory.objective, seed=config.seed,
+    )  # fmt: skip
+    return state.replace(params=params, opt_state=opt_state), position
+
+
+def _from_stage(folder: Path, config: Config, mesh: Mesh) -> tuple[Position, TrainState]:
+    before = load_position(folder)
+    factory = StateFactory(before.model, config.optimizer, before.objective, mesh)
+    with StageCheckpoints(folder, read_only=True) as checkpoints:
+        if checkpoints.has_optimizer(before.step):
+            return before, checkpoints.restore(factory.abstract(), before.step)
+        params = checkpoints.restore_params(factory.abstract().params, before.step)
+    return before, _without_optimizer(params, factory, config.seed)
+
+
+def _from_huggingface(folder: str | Path, config: Config, mesh: Mesh) -> tuple[Position, Any]:
+    model, params = load_huggingface(folder)
+    factory = StateFactory(model, config.optimizer, "expected", mesh)
+    # Training keeps float32 parameters whatever the file holds.
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.device_put(np.asarray(leaf, np.float32), sharding),
+        params, factory.shardings().params,
+    )  # fmt: skip
+    position = Position("", 0, 0, 0, True, model, "expected", config.seed)
+    return position, _without_optimizer(params, factory, config.seed)
+
+
+def _without_optimizer(params: Any, factory: StateFactory, seed: int) -> TrainState:
+    key = jax.random.key_data(jax.random.key(seed))
+    step = jax.device_put(np.zeros((), np.int32), factory.shardings().step)
+    rng = jax.device_put(key, factory.shardings().rng)
+    return TrainState(params=params, opt_state=None, step=step, rng=rng)

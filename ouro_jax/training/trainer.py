@@ -1,0 +1,296 @@
+"""The trainer: runs or continues a config's stages, one after the other, in one workdir."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ouro_jax.config import Config, ConfigError, ModelConfig, Stage, to_dict
+from ouro_jax.data.embedded import SOURCES, build_embedded
+from ouro_jax.data.mixture import open_source
+from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash
+from ouro_jax.model.flops import train_flops_per_token
+from ouro_jax.parallel.devices import peak_flops
+from ouro_jax.parallel.mesh import (
+    batch_sharding,
+    batch_shards,
+    check_model_fits,
+    make_mesh,
+    use_mesh,
+)
+from ouro_jax.training.checkpoints import Position, StageCheckpoints
+from ouro_jax.training.curriculum import StagePlan, microbatch_rows
+from ouro_jax.training.evaluation import evaluate, ngram_baselines, open_stage_mixture, place
+from ouro_jax.training.optimizer import GATE_OBJECTIVES
+from ouro_jax.training.progress import Progress
+from ouro_jax.training.run_log import RunLog
+from ouro_jax.training.start import check_init_from, fresh_state, is_huggingface, state_from
+from ouro_jax.training.state import StateFactory, TrainState
+from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
+
+
+def train(config: Config, workdir: str | Path) -> dict[str, Any]:
+    """Runs or continues the whole stream of stages; returns what `ouro train --json` prints.
+
+    Everything that can be wrong with the config, the data or `init_from` is a ConfigError before
+    the first compilation.
+    """
+    run = _Run(config, Path(workdir))
+    is_first = jax.process_index() == 0
+    with (
+        use_mesh(run.mesh),
+        contextlib.closing(RunLog(
+            run.workdir, tensorboard=config.logging.tensorboard,
+            wandb_project=config.logging.wandb_project, enabled=is_first,
+        )) as run.log,
+        Progress(enabled=is_first) as run.progress,
+    ):  # fmt: skip
+        source = config.init_from or None
+        for plan in run.plans:
+            run.train_stage(plan, source)
+            source = run.workdir / plan.name
+        return run.finish()
+
+
+class _Run:
+    """One run's config, mesh, data and outputs."""
+
+    log: RunLog
+    progress: Progress
+
+    def __init__(self, config: Config, workdir: Path):
+        self.config, self.workdir = config, workdir
+        self.plans = [StagePlan(name, stage) for name, stage in config.stream()]
+        self.mesh = make_mesh(config.mesh)
+        self.microbatch_rows = {}
+        for plan in self.plans:
+            self.microbatch_rows[plan.name] = microbatch_rows(
+                plan, batch_shards(self.mesh), config.layout.microbatch_rows
+            )
+            check_model_fits(config.stage_model(plan.name), self.mesh, f"stages.{plan.name}")
+        check_init_from(config)
+        self.data_root = prepare_data(config)
+        for plan in self.plans:
+            open_stage_mixture(config, self.data_root, plan)
+        _check_tokenizer(config, self.data_root)
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        shutil.copyfile(self.data_root / "tokenizer.json", workdir / "tokenizer.json")
+
+    def train_stage(self, plan: StagePlan, source: str | Path | None) -> None:
+        """Trains what is left of one stage, from its own checkpoint or from `source`."""
+        factory = StateFactory(
+            self.shape(plan.stage), self.config.optimizer, plan.stage.objective, self.mesh
+        )
+        with StageCheckpoints(self.workdir / plan.name, self.config.checkpoint.keep) as checkpoints:
+            position = checkpoints.latest()
+            if position is not None and position.finished:
+                self.progress.message(f"{plan.name}: finished at step {position.step:,}.")
+                return
+            if position is not None:
+                state = checkpoints.restore(factory.abstract(), position.step)
+            elif source is None:
+                state, position = fresh_state(factory, self.config, plan.name)
+            else:
+                state, position = state_from(source, factory, self.config, plan.name)
+            self.log.rewind(position.step)
+            _StageRun(self, plan, checkpoints, state, position).run()
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the baselines and the end of the run; returns its summary."""
+        with StageCheckpoints(self.workdir / self.plans[-1].name, read_only=True) as checkpoints:
+            position = checkpoints.latest()
+        assert position is not None, "the last stage has just been trained"
+        records = self.log.records()
+        if self.config.evaluation.ngram_baselines and not any(
+            record["kind"] == "baseline" for record in records
+        ):
+            for record in ngram_baselines(self.config, self.data_root):
+                self.log.write(record)
+        if not any(record.get("event") == "finished" for record in records):
+            self.log.write(event("finished", position))
+        return {
+            "workdir": str(self.workdir),
+            "finished": True,
+            "stage": position.stage,
+            "step": position.step,
+            "tokens": position.tokens_seen,
+        }
+
+    def shape(self, stage: Stage) -> ModelConfig:
+        """The model of a stage as far as compiled programs depend on it: not on the RoPE base."""
+        return dataclasses.replace(
+            self.config.model, num_layers=stage.num_layers, num_loops=stage.num_loops
+        )
+
+
+class _StageRun:
+    """The loop over one stage's steps."""
+
+    def __init__(self, run: _Run, plan: StagePlan, checkpoints: StageCheckpoints,
+                 state: TrainState, position: Position):  # fmt: skip
+        self.run_, self.plan, self.checkpoints = run, plan, checkpoints
+        self.state, self.position = state, position
+        self.config, self.stage = run.config, plan.stage
+        self.spec = StepSpec(
+            run.shape(plan.stage), self.config.optimizer, self.stage.objective, self.stage.prior,
+            _remat(self.config.layout.remat), run.mesh,
+        )  # fmt: skip
+        self.step = compiled_train_step(self.spec)
+        self.sharding = batch_sharding(run.mesh, microbatched=True)
+        self.unread: tuple[Position, Any, float] | None = None
+        # When the step before was read; None where compilation or a pause would be counted.
+        self.clock: float | None = None
+
+    def run(self) -> None:
+        """Trains to the end of the stage, with evaluation, log and checkpoints on the way."""
+        run, plan, length = self.run_, self.plan, self.stage.sequence_length
+        resumed = self.position.rows > 0
+        run.log.write(
+            event("resume" if resumed else "stage_start", self.position)
+            | {"model": to_dict(self.position.model)}
+        )
+        run.progress.start_stage(
+            plan.name, plan.total_rows * length, done_tokens=self.position.rows * length
+        )
+        mixture = open_stage_mixture(self.config, run.data_root, plan)
+        batches = mixture.batches(
+            self.position.rows, plan.batch_rows,
+            host=jax.process_index(), num_hosts=jax.process_count(),
+        )  # fmt: skip
+        with contextlib.closing(batches):
+            for start, batch in batches:
+                self._optimizer_step(start, batch)
+                finished = self.position.finished
+                if self._passed(self.config.evaluation.every_tokens) or finished:
+                    self._evaluate()
+                if self._passed(self.config.checkpoint.every_tokens) or finished:
+                    self._save()
+        self.checkpoints.wait()
+        run.log.write(event("stage_end", self.position))
+        run.progress.finish_stage()
+
+    def _optimizer_step(self, start: int, batch: Any) -> None:
+        rows = self.plan.batch_rows(start)
+        microbatches = rows // self.run_.microbatch_rows[self.plan.name]
+        batch = jax.tree.map(lambda x_BL: x_BL.reshape(microbatches, -1, x_BL.shape[-1]), batch)
+        end = start + rows
+        rate = self.plan.learning_rate(end)
+        inputs = jax.device_put(StepInputs(*map(np.float32, (
+            rate, self.stage.weight_decay, self.stage.entropy_weight, self.stage.rope_theta,
+        ))))  # fmt: skip
+        self.state, metrics = self.step(self.state, place(batch, self.sharding), inputs)
+        self.position = dataclasses.replace(
+            self.position,
+            step=self.position.step + 1,
+            rows=end,
+            tokens_seen=self.position.tokens_seen + rows * self.stage.sequence_length,
+            finished=end >= self.plan.total_rows,
+        )
+        # Read one step late: the device computes this step while the host waits for the last.
+        self._read_metrics()
+        self.unread = (self.position, metrics, rate)
+
+    def _read_metrics(self) -> None:
+        if self.unread is None:
+            return
+        (position, metrics, rate), self.unread = self.unread, None
+        means = jax.tree.map(np.ndarray.tolist, jax.device_get(metrics))
+        if not math.isfinite(means["loss"] + means["grad_norm"]):
+            raise FloatingPointError(
+                f"stage {position.stage}, step {position.step}: loss {means['loss']}, gradient "
+                f"norm {means['grad_norm']}. The newest checkpoint is from before this step; "
+                "lower the learning rate, or set optimizer.clip_norm lower, and run again."
+            )
+        now, before = time.perf_counter(), self.clock
+        self.clock = now
+        batch_tokens = self.plan.batch_rows(position.rows - 1) * self.stage.sequence_length
+        flops = train_flops_per_token(position.model, self.stage.sequence_length)
+        tokens_per_second = batch_tokens / (now - before) if before else None
+        peak = peak_flops(self.spec.model.dtype)
+        record = {
+            "kind": "train", "time": time.time(), "stage": position.stage, "step": position.step,
+            "tokens": position.tokens_seen, "learning_rate": rate, "batch_tokens": batch_tokens,
+            "tokens_per_second": tokens_per_second,
+            "peak_share": tokens_per_second * flops / peak if tokens_per_second else None,
+            **means,
+        }  # fmt: skip
+        self.run_.progress.update(record)
+        if position.step % self.config.logging.every_steps == 0 or position.finished:
+            self.run_.log.write(record)
+
+    def _passed(self, every_tokens: int) -> bool:
+        length = self.stage.sequence_length
+        after = self.position.rows * length
+        before = after - self.plan.batch_rows(self.position.rows - 1) * length
+        return after // every_tokens > before // every_tokens
+
+    def _evaluate(self) -> None:
+        self._read_metrics()
+        where = {"stage": self.position.stage, "step": self.position.step,
+                 "tokens": self.position.tokens_seen}  # fmt: skip
+        run = self.run_
+        for record in evaluate(self.config, run.data_root, self.plan, self.spec, self.state.params):
+            run.log.write(record | where | {"time": time.time()})
+        self.clock = None
+
+    def _save(self) -> None:
+        # What is saved was finite: the loss and gradient of every step up to here have been read.
+        self._read_metrics()
+        self.checkpoints.save(self.state, self.position, to_dict(self.config))
+        self.clock = None
+
+
+def prepare_data(config: Config) -> Path:
+    """The data root of a run; makes the embedded text first where the config asks for it."""
+    if not config.data.embedded_bytes:
+        return Path(config.data.root)
+    lengths = sorted({stage.sequence_length for _, stage in config.stream()})
+    return build_embedded(
+        config.data.root,
+        vocab_size=config.model.vocab_size,
+        sequence_lengths=dict.fromkeys(SOURCES, lengths),
+        max_bytes_per_source=config.data.embedded_bytes,
+    )
+
+
+def event(name: str, position: Position) -> dict[str, Any]:
+    """A record of something that happened to the run, and where it stood."""
+    return {
+        "kind": "event", "event": name, "time": time.time(), "stage": position.stage,
+        "step": position.step, "tokens": position.tokens_seen,
+    }  # fmt: skip
+
+
+def _check_tokenizer(config: Config, data_root: Path) -> None:
+    path = data_root / "tokenizer.json"
+    size = load_tokenizer(path).get_vocab_size()
+    if size > config.model.vocab_size:
+        raise ConfigError(
+            f"{path} has {size:,} entries, more than model.vocab_size = "
+            f"{config.model.vocab_size:,}; set it to at least {size}."
+        )
+    if not config.init_from or is_huggingface(config.init_from):
+        return
+    theirs = next(
+        (folder / "tokenizer.json" for folder in (Path(config.init_from), Path(config.init_from).parent)
+         if (folder / "tokenizer.json").is_file()), None,
+    )  # fmt: skip
+    if theirs is not None and tokenizer_hash(theirs) != tokenizer_hash(path):
+        raise ConfigError(
+            f"init_from = {config.init_from!r} was trained with {theirs}, which differs from "
+            f"{path}; prepare the data with that tokenizer."
+        )
+
+
+def _remat(policy: str) -> str:
+    """`auto` recomputes layers: free or faster on every device measured, at an 8th of the memory
+    (and the training of one layer's activations at a time)."""
+    return "layer" if policy == "auto" else policy
