@@ -50,15 +50,20 @@ class Mixture:
         self._sources, self._weights = dict(sources), dict(weights)
         self._shares = _integer_shares([self._weights[name] for name in self._sources])
         seeds = source_seeds(self._sources, seed)
-        self._datasets = [
-            grain.MapDataset.source(source).shuffle(seed=seeds[name]).repeat()
+        self._datasets = {
+            name: grain.MapDataset.source(source).shuffle(seed=seeds[name]).repeat()
             for name, source in self._sources.items()
-        ]
+        }
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """The source that gives global row `index`, and how many rows it gave before."""
+        which, index_in_source = _interleave(index, self._shares)
+        return list(self._sources)[which], index_in_source
 
     def row(self, index: int) -> Row:
         """Global row `index`."""
-        which, index_in_source = _interleave(index, self._shares)
-        row = self._datasets[which][index_in_source]
+        name, index_in_source = self.locate(index)
+        row = self._datasets[name][index_in_source]
         assert row is not None  # Grain's sign for a filtered element; nothing is filtered here
         return row
 

@@ -135,7 +135,9 @@ def write_rows(
             tokens += int(row.segment_lengths.sum())
         shards = writer.close()
         if not shards:
-            raise ConfigError(f"{directory}: there is no text to write, all documents are empty.")
+            raise ConfigError(
+                f"{directory}: there is nothing to write: no document of this split has any text."
+            )
         manifest = Manifest(
             source=source,
             sequence_length=sequence_length,

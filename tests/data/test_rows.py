@@ -81,7 +81,7 @@ def test_rows_that_cannot_be_stored_are_refused(tmp_path):
         write(tmp_path / "rows", [row, row._replace(loss_mask=np.ones(LENGTH, bool))])
     with pytest.raises(ValueError, match="shape"):
         write(tmp_path / "rows", [row._replace(tokens=row.tokens[1:])])
-    with pytest.raises(ConfigError, match="no text"):
+    with pytest.raises(ConfigError, match="nothing to write"):
         write(tmp_path / "rows", [])
     write(tmp_path / "rows", [row])
     with pytest.raises(ConfigError, match="exists already"):

@@ -1,0 +1,56 @@
+"""`ouro data` from the outside: exit codes, the JSON line, messages."""
+
+import json
+import subprocess
+import sys
+
+
+def ouro_data(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "ouro_jax.cli.data", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def last_json(result: subprocess.CompletedProcess) -> dict:
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_own_text_is_tokenised_prepared_verified_and_shown(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"Text {i}. " + "Some words follow here. " * i)
+    texts = f"--input={tmp_path}/*.txt", "--format=text"
+    tokenizer = tmp_path / "root" / "tokenizer.json"
+    directory = tmp_path / "root" / "own" / "train-64"
+    made = last_json(ouro_data("tokenizer", *texts, "--vocab_size=270", f"--output={tokenizer}",
+                               "--json"))  # fmt: skip
+    assert made["vocab_size"] == 270
+    prepared = last_json(
+        ouro_data("prepare", *texts, f"--tokenizer={tokenizer}", "--sequence_length=64",
+                  f"--output={directory}", "--json")
+    )  # fmt: skip
+    assert (prepared["documents"], prepared["vocab_size"], prepared["source"]) == (20, 270, "own")
+    assert last_json(ouro_data("verify", str(directory), "--json")) == prepared
+    shown = ouro_data("inspect", str(directory), "--rows=1")
+    assert shown.returncode == 0 and "row 0" in shown.stdout and "Text" in shown.stdout
+
+    (shard,) = directory.glob("*.array_record")
+    shard.unlink()
+    broken = ouro_data("verify", str(directory))
+    assert broken.returncode == 2 and str(shard) in broken.stderr
+
+
+def test_wrong_use_leaves_with_2_and_says_why():
+    for arguments, error in (
+        (["verfy"], "Did you mean 'verify'?"),
+        (["verify"], "name the folder"),
+        (["prepare"], "--input is missing"),
+        ([], "expected one of prepare, tokenizer, verify, inspect"),
+    ):
+        result = ouro_data(*arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert error in result.stderr
+
+
+def test_help_shows_examples():
+    result = ouro_data("--help")
+    assert result.returncode == 0 and "ouro data prepare --input=" in result.stdout
