@@ -6,7 +6,8 @@ width, F MLP width, V vocabulary.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,25 +65,19 @@ class _Leaf:
         return self.path[-1] == "kernel"
 
 
-def load_huggingface(directory: str | Path) -> tuple[ModelConfig, Params]:
+def load_huggingface(
+    directory: str | Path, place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None
+) -> tuple[ModelConfig, Params]:
     """Reads a released checkpoint: `config, params = load_huggingface(directory)`.
 
     Reads `config.json` and `model.safetensors`, or the files that `model.safetensors.index.json`
     names, and nothing else. The arrays are plain (not boxed), on the default device, and keep the
-    dtypes of the file. Fields of `config.json` that change nothing are kept for writing back.
+    dtypes of the file. `place(path, array)` puts a leaf elsewhere, for instance onto a mesh.
+    Fields of `config.json` that change nothing are kept for writing back.
 
     Raises ConfigError for a missing or damaged file, for missing, surplus or wrongly shaped
     tensors (all are named), and for config values that this model does not implement.
     """
-    config, params = read_huggingface(directory)
-    for holder, key in list(_slots(params)):
-        # One leaf at a time: the host's copy of a leaf is dropped before the next is placed.
-        holder[key] = jnp.asarray(holder[key])
-    return config, params
-
-
-def read_huggingface(directory: str | Path) -> tuple[ModelConfig, Params]:
-    """As `load_huggingface`, with numpy arrays on the host, for a caller who places them itself."""
     directory = Path(directory)
     fields = _read_json(directory / CONFIG_FILE)
     tensors = _stored_tensors(directory)
@@ -92,11 +87,16 @@ def read_huggingface(directory: str | Path) -> tuple[ModelConfig, Params]:
     leaves = _leaves(config)
     _require_fit(directory, leaves, tensors)
     params: Params = {}
-    for leaf in leaves:
+    # The largest first: its host copy, which jax drops late, then adds to little else.
+    for leaf in sorted(leaves, key=lambda leaf: -math.prod(leaf.full_shape)):
         holder = params
         for key in leaf.path[:-1]:
             holder = holder.setdefault(key, {})
-        holder[leaf.path[-1]] = _read_leaf(leaf, tensors)
+        array = _read_leaf(leaf, tensors)
+        # Transfers are asynchronous; unless each is awaited, all host copies wait for theirs.
+        holder[leaf.path[-1]] = jax.block_until_ready(
+            place(leaf.path, array) if place else jnp.asarray(array)
+        )
     return config, params
 
 
@@ -174,17 +174,15 @@ def _leaves(config: ModelConfig) -> list[_Leaf]:
 
 def _read_leaf(leaf: _Leaf, tensors: Mapping[str, StoredTensor]) -> np.ndarray:
     """One leaf, filled tensor by tensor."""
-    dtype = DTYPES[tensors[leaf.names[0]].dtype]
-    array = np.empty(leaf.full_shape, dtype)
-    # Unsigned integers of the same width: numpy transposes them 5 times as fast as bfloat16.
-    bits = array.view(f"u{dtype.itemsize}").reshape(max(leaf.layers, 1), *leaf.shape)
-    for target, name in zip(bits, leaf.names, strict=True):
+    array = np.empty(leaf.full_shape, DTYPES[tensors[leaf.names[0]].dtype])
+    pieces = array if leaf.stacked else array[None]
+    for piece, name in zip(pieces, leaf.names, strict=True):
         if leaf.transposed:
-            stored = np.empty(leaf.stored, bits.dtype)
+            stored = np.empty(leaf.stored, array.dtype)
             tensors[name].read_into(stored)
-            target.reshape(leaf.stored[::-1])[...] = stored.T
+            piece.reshape(leaf.stored[::-1])[...] = stored.T
         else:
-            tensors[name].read_into(target)
+            tensors[name].read_into(piece)
     return array
 
 
@@ -257,7 +255,7 @@ def _require_fit(directory: Path, leaves: list[_Leaf], tensors: Mapping[str, Sto
 def _require_tree(leaves: list[_Leaf], tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     """The arrays of `tree` by path; a ConfigError names all that do not fit the model."""
     arrays = {
-        tuple(str(entry.key) for entry in path): array  # type: ignore[attr-defined]
+        tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/")): array
         for path, array in jax.tree_util.tree_leaves_with_path(tree)
     }
     expected = {leaf.path: leaf.full_shape for leaf in leaves}
@@ -274,12 +272,3 @@ def _require_tree(leaves: list[_Leaf], tree: Mapping[str, Any]) -> dict[tuple[st
     if problems:
         raise ConfigError("The tree does not fit the model config:\n  " + "\n  ".join(problems))
     return arrays
-
-
-def _slots(tree: Params) -> Iterator[tuple[Params, str]]:
-    """Every leaf as (the dictionary that holds it, its key)."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _slots(value)
-        else:
-            yield tree, key
