@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -93,21 +93,17 @@ class Mixture:
         `batch_rows_at(position)` says how many global rows the step at `position` takes; 0 ends
         the iteration. Closing the generator (`contextlib.closing`) ends its threads.
         """
-        steps: deque = deque()
+        steps: deque[tuple[int, Future[Batch]]] = deque()
         with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="rows") as readers:
-            try:
-                while True:
-                    while len(steps) < PREFETCH_STEPS and (rows := batch_rows_at(position)):
-                        future = readers.submit(self.read, position, rows, host, num_hosts)
-                        steps.append((position, future))
-                        position += rows
-                    if not steps:
-                        return
-                    start, future = steps.popleft()
-                    yield start, future.result()
-            finally:
-                for _, future in steps:
-                    future.cancel()
+            while True:
+                while len(steps) < PREFETCH_STEPS and (rows := batch_rows_at(position)):
+                    future = readers.submit(self.read, position, rows, host, num_hosts)
+                    steps.append((position, future))
+                    position += rows
+                if not steps:
+                    return
+                start, future = steps.popleft()
+                yield start, future.result()
 
     def describe(self) -> dict[str, SourceSummary]:
         """What each source holds and its share, by name."""

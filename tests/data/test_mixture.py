@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ouro_jax.config import ConfigError
+from ouro_jax.data.batch import batch_from_rows
 from ouro_jax.data.mixture import (
     SEED_SPACING,
     heldout_batches,
@@ -101,6 +102,7 @@ def test_no_two_sources_share_a_permutation():
     names = {f"source-{i}": None for i in range(400)}
     for seed in range(20):
         seeds = np.sort(list(source_seeds(names, seed).values()))
+        assert len(seeds) == len(names)  # 400 names in 65,536 places do collide for some seeds
         assert np.diff(seeds).min() >= SEED_SPACING and 0 <= seeds[0] <= seeds[-1] < 2**32
     assert source_seeds(names, 0)["source-5"] == source_seeds({"source-5": None}, 0)["source-5"]
 
@@ -115,7 +117,8 @@ def test_closing_ends_the_reading_threads(mixture):
 
 def test_heldout_batches_have_a_fixed_order_a_full_shape_and_their_bytes(embedded_root, tokenizer):
     bytes_V = token_byte_lengths(tokenizer)
-    rows = len(open_source(embedded_root, "sft", "heldout", 64))
+    stored = batch_from_rows(list(open_source(embedded_root, "sft", "heldout", 64)))
+    rows = len(stored.tokens_BL)
     first = list(heldout_batches(embedded_root, "sft", 64, 4, 10))
     second = list(heldout_batches(embedded_root, "sft", 64, 4, 10))
     assert rows > 10 and len(first) == 3
@@ -124,7 +127,9 @@ def test_heldout_batches_have_a_fixed_order_a_full_shape_and_their_bytes(embedde
         assert batch.tokens_BL.shape == (4, 64)
         scored = batch.targets_BL[batch.loss_mask_BL]
         assert num_bytes == sum(int(bytes_V[target]) for target in scored) > 0
-    assert not first[-1].batch.segment_ids_BL[2:].any()
+    assert not first[-1].batch.segment_ids_BL[2:].any()  # 10 rows in batches of 4
+    chosen = np.concatenate([batch.tokens_BL for batch, _ in first])[:10]
+    np.testing.assert_array_equal(chosen, stored.tokens_BL[[i * rows // 10 for i in range(10)]])
     everything = list(heldout_batches(embedded_root, "sft", 64, 8, 10**9))
     assert len(everything) == -(-rows // 8)
 
