@@ -1,0 +1,74 @@
+"""`ouro convert` from the outside: both ways, bit for bit, and its refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import reference
+from safetensors.numpy import load_file
+
+
+def ouro_convert(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "ouro_jax.cli.convert", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def convert(source: Path, target: Path) -> dict:
+    result = ouro_convert(f"--from={source}", f"--to={target}", "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_to_orbax_and_back_is_bit_for_bit(tmp_path):
+    fields, tensors = reference.random_checkpoint(np.random.default_rng(0), heads=4, kv_heads=2)
+    fields |= {"torch_dtype": "bfloat16", "bos_token_id": 1}
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    released = reference.write_checkpoint(tmp_path / "released", fields, tensors)
+    (released / "tokenizer.json").write_text("{}")
+    parameters = sum(tensor.size for tensor in tensors.values())
+
+    made = convert(released, tmp_path / "run" / "stable_1a")
+    assert (made["format"], made["parameters"]) == ("orbax", parameters)
+    # A workdir, whose last stage is meant.
+    made = convert(tmp_path / "run", tmp_path / "exports" / "back")
+    assert (made["format"], made["parameters"]) == ("huggingface", parameters)
+
+    back = tmp_path / "exports" / "back"
+    ours = load_file(back / "model.safetensors")
+    assert ours.keys() == tensors.keys()
+    assert all(ours[name].tobytes() == tensors[name].tobytes() for name in tensors)
+    assert all(ours[name].dtype == tensors[name].dtype for name in tensors)
+    assert json.loads((back / "config.json").read_text()) == fields
+    assert (tmp_path / "run" / "stable_1a" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_stage_takes_the_tokenizer_of_its_workdir(tmp_path, golden_dir):
+    convert(golden_dir / "set_a", tmp_path / "run" / "anneal")
+    (tmp_path / "run" / "tokenizer.json").write_text("[]")
+    convert(tmp_path / "run" / "anneal", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "[]"
+
+
+def test_wrong_use_leaves_with_2_and_says_why(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for arguments, error in (
+        ([], "--from is missing"),
+        ([f"--from={tmp_path}"], "--to is missing"),
+        ([f"--from={tmp_path}", f"--to={tmp_path}/full"], "not an empty folder"),
+        ([f"--from={tmp_path}/absent", f"--to={tmp_path}/new"], "no such folder"),
+        ([f"--from={tmp_path}/empty", f"--to={tmp_path}/new"], "no checkpoint here"),
+    ):
+        result = ouro_convert(*arguments)
+        assert (result.returncode, result.stdout) == (2, ""), result.stderr
+        assert error in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_shows_examples():
+    result = ouro_convert("--help")
+    assert result.returncode == 0 and "ouro convert --from=" in result.stdout
