@@ -89,7 +89,7 @@ def _parse(argv: list[str]) -> None:
 
 
 def _unknown_key(argv: list[str], error: Exception) -> str:
-    """ml_collections names the last part of an unknown key only; this finds the whole and a hint."""
+    """ml_collections names only the last part of an unknown key; this finds all of it."""
     files = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
     if files:
         path, _, variant = files[-1].partition(":")

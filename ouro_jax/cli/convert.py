@@ -1,12 +1,10 @@
-"""Turns a run's newest checkpoint into the Hugging Face format, or the other way round.
+"""Turns checkpoints into the other format: Hugging Face ↔ Orbax.
 
-  ouro convert --from=runs/tiny --to=exports/tiny
-  ouro convert --from=runs/tiny/stable_1a --to=exports/tiny_1a
-  ouro convert --from=downloads/Ouro-1.4B --to=checkpoints/ouro_1p4b
+  ouro convert --from=ByteDance/Ouro-1.4B --to=runs/released     Hugging Face folder → stage folder
+  ouro convert --from=runs/tiny --to=exported                    workdir or stage → safetensors
 
---from takes a workdir, one of its stages, or a folder with config.json and safetensors; what it
-is decides the direction. --to names a new or empty folder. Tensors keep their dtypes bit for bit;
-a tokenizer.json beside the checkpoint is copied along.
+The direction follows from what `--from` is. A stage folder made this way serves as
+`--config.init_from` and as `--checkpoint`. A tokenizer is taken along. Dtypes are kept.
 """
 
 import shutil
@@ -16,46 +14,36 @@ from typing import Any
 
 from absl import flags
 
+from ouro_jax.cli.checkpoint import open_checkpoint
 from ouro_jax.cli.common import required, run_verb
 from ouro_jax.config import ConfigError, num_parameters
 
-flags.DEFINE_string("from", "", "Workdir, stage folder or Hugging Face folder to read.")
-flags.DEFINE_string("to", "", "New or empty folder to write.")
+flags.DEFINE_string("from", "", "Hugging Face folder, or workdir or stage of a run.")
+flags.DEFINE_string("to", "", "Folder to write; new or empty.")
 
 
 def main() -> Mapping[str, Any]:
     """The verb."""
     source = Path(required("from", "runs/tiny"))
-    target = Path(required("to", "exports/tiny"))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--to={target}: exists and is not an empty folder; choose another.")
-    # Loading jax and Orbax takes seconds; a wrong flag should not wait for them.
-    from ouro_jax.interop.huggingface import load_huggingface, save_huggingface
-    from ouro_jax.training.checkpoints import load_params, save_params
-    from ouro_jax.training.start import is_huggingface
+    target = Path(required("to", "exported"))
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"--to = {str(target)!r}: not empty; name a new or an empty folder.")
+    checkpoint = open_checkpoint(source)
+    target.mkdir(parents=True, exist_ok=True)
+    if checkpoint.is_huggingface:
+        from ouro_jax.training.checkpoints import save_params
 
-    if is_huggingface(source):
-        written = "orbax"
-        model, params = load_huggingface(source)
-        save_params(target, params, model)
+        save_params(target, checkpoint.params, checkpoint.config)
     else:
-        written = "huggingface"
-        position, params = load_params(source)
-        model = position.model
-        target.mkdir(parents=True, exist_ok=True)
-        save_huggingface(model, params, target)
-    _copy_tokenizer(source, target)
-    parameters = num_parameters(model)
-    print(f"{target}: {parameters:,} parameters in the {written} format")
-    return {"to": str(target), "format": written, "parameters": parameters}
+        from ouro_jax.interop.huggingface import save_huggingface
 
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """From the folder itself or, for a stage, from its workdir."""
-    for folder in (source, source.resolve().parent):
-        if (folder / "tokenizer.json").is_file():
-            shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
-            return
+        save_huggingface(checkpoint.config, checkpoint.params, target)
+    if checkpoint.tokenizer_file is not None:
+        shutil.copyfile(checkpoint.tokenizer_file, target / "tokenizer.json")
+    written = "Orbax" if checkpoint.is_huggingface else "Hugging Face"
+    parameters = num_parameters(checkpoint.config)
+    print(f"{target}: {parameters:,} parameters in the {written} format.")
+    return {"from": str(source), "to": str(target), "format": written, "parameters": parameters}
 
 
 def run() -> None:

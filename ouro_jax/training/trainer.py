@@ -14,7 +14,6 @@ import numpy as np
 
 from ouro_jax.config import Config, ConfigError, ModelConfig, Stage, to_dict
 from ouro_jax.data.embedded import SOURCES, build_embedded
-from ouro_jax.data.mixture import open_source
 from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from ouro_jax.model.flops import train_flops_per_token
 from ouro_jax.parallel.devices import peak_flops
@@ -28,7 +27,6 @@ from ouro_jax.parallel.mesh import (
 from ouro_jax.training.checkpoints import Position, StageCheckpoints
 from ouro_jax.training.curriculum import StagePlan, microbatch_rows
 from ouro_jax.training.evaluation import evaluate, ngram_baselines, open_stage_mixture, place
-from ouro_jax.training.optimizer import GATE_OBJECTIVES
 from ouro_jax.training.progress import Progress
 from ouro_jax.training.run_log import RunLog
 from ouro_jax.training.start import check_init_from, fresh_state, is_huggingface, state_from
@@ -279,15 +277,14 @@ def _check_tokenizer(config: Config, data_root: Path) -> None:
         )
     if not config.init_from or is_huggingface(config.init_from):
         return
-    theirs = next(
-        (folder / "tokenizer.json" for folder in (Path(config.init_from), Path(config.init_from).parent)
-         if (folder / "tokenizer.json").is_file()), None,
-    )  # fmt: skip
-    if theirs is not None and tokenizer_hash(theirs) != tokenizer_hash(path):
-        raise ConfigError(
-            f"init_from = {config.init_from!r} was trained with {theirs}, which differs from "
-            f"{path}; prepare the data with that tokenizer."
-        )
+    # `init_from` is a workdir or a stage in it; the tokenizer lies in the workdir.
+    origin = Path(config.init_from)
+    for theirs in (origin / "tokenizer.json", origin.parent / "tokenizer.json"):
+        if theirs.is_file() and tokenizer_hash(theirs) != tokenizer_hash(path):
+            raise ConfigError(
+                f"init_from = {config.init_from!r} was trained with {theirs}, which differs from "
+                f"{path}; prepare the data with that tokenizer."
+            )
 
 
 def _remat(policy: str) -> str:

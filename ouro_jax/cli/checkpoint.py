@@ -1,0 +1,41 @@
+"""What `--checkpoint` means: a workdir, one of its stages, or a Hugging Face folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ouro_jax.config import ConfigError, ModelConfig
+from ouro_jax.interop.huggingface import load_huggingface
+from ouro_jax.training.checkpoints import latest_stage, load_params
+from ouro_jax.training.start import is_huggingface
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model's config and parameters, and where its tokenizer lies (None: there is none)."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer_file: Path | None
+    is_huggingface: bool
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads the checkpoint at `path`; ConfigError if there is none or it cannot be read."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(
+            f"checkpoint {str(path)!r}: no such folder; expected a workdir of `ouro train`, one of "
+            "its stages, or a folder in the Hugging Face format."
+        )
+    if is_huggingface(path):
+        config, params = load_huggingface(path)
+        return Checkpoint(config, params, _tokenizer(path), True)
+    stage = latest_stage(path)
+    position, params = load_params(stage)
+    return Checkpoint(position.model, params, _tokenizer(stage, stage.parent), False)
+
+
+def _tokenizer(*folders: Path) -> Path | None:
+    files = [folder / "tokenizer.json" for folder in folders]
+    return next((file for file in files if file.is_file()), None)

@@ -1,0 +1,51 @@
+"""Packaging. Every dependency has a sentence saying why; TensorFlow and torch are in none."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10.2,<0.13",  # arrays, compilation, meshes; the range that the tests run on
+    "flax>=0.12.8",  # linen: the model's modules, nn.scan and logical axis names
+    "optax>=0.2.8",  # AdamW, clipping, schedules
+    "orbax-checkpoint>=0.12.8,<0.13",  # asynchronous sharded checkpoints
+    "grain>=0.2.18",  # random-access data sets: shuffle, repeat
+    "array_record>=0.8.6",  # the files that rows lie in
+    "tensorstore>=0.1.86",  # what Orbax writes arrays with
+    "ml_collections>=1.1.0",  # config files and their command line
+    "absl-py>=2.1",  # flags
+    "etils[epath]>=1.10",  # local and gs:// paths alike
+    "numpy>=2.0",  # host arrays
+    "ml_dtypes>=0.5",  # bfloat16 on the host
+    "safetensors>=0.5",  # released checkpoints in
+    "tokenizers>=0.21",  # byte-level BPE: training and use
+    "tensorboardX>=2.6",  # TensorBoard files without TensorFlow
+    "rich>=13.7",  # progress and tables in the terminal
+    "matplotlib>=3.9",  # the figures of the report
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # libtpu: run on TPU, and compile for one without it
+    "gpu": ["jax[cuda12]>=0.10.2,<0.13"],  # run on NVIDIA GPUs
+    "eval": ["lm-eval>=0.4.11"],  # standard benchmarks
+    "interop": ["transformers>=4.56,<5", "torch>=2.6"],  # to compare with the published code
+    "data": ["pyarrow>=17", "zstandard>=0.23"],  # Parquet and zstd corpora
+    "serve": ["uvicorn>=0.30", "starlette>=0.40"],  # HTTP
+    "dev": [
+        "pytest>=8",  # the tests
+        "pytest-xdist>=3.6",  # the tests, on both cores
+        "hypothesis>=6.100",  # property tests
+        "ruff>=0.9",  # lint and format
+        "pyright>=1.1.390",  # types
+    ],
+}
+
+setup(
+    name="ouro_jax",
+    version="0.1.0",
+    description="Train, study and serve looped language models (Ouro) in JAX.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ouro_jax", "ouro_jax.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["ouro = ouro_jax.cli.main:main"]},
+)
