@@ -1,0 +1,84 @@
+"""The records of a run, sorted into stages and held-out measurements."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@dataclass
+class StageHistory:
+    """One stage: the tokens it spans, its model and what was recorded.
+
+    `heldout` holds the last measurement of every source.
+    """
+
+    name: str
+    start: int
+    end: int
+    model: Record = field(default_factory=dict)
+    train: list[Record] = field(default_factory=list)
+    heldout: dict[str, Record] = field(default_factory=dict)
+
+
+@dataclass
+class RunHistory:
+    """A whole run: its stages in order, baselines by source, and events."""
+
+    stages: list[StageHistory] = field(default_factory=list)
+    baselines: dict[str, Record] = field(default_factory=dict)
+    events: list[Record] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, those of the runs that this one started from included."""
+        return self.stages[-1].end if self.stages else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last thing that happened was the end of the run."""
+        return bool(self.events) and self.events[-1]["event"] == "finished"
+
+    @property
+    def measured(self) -> list[StageHistory]:
+        """The stages in which the held-out text was measured."""
+        return [stage for stage in self.stages if stage.heldout]
+
+
+def sort_records(records: list[Record]) -> RunHistory:
+    """Sorts the records of `read_log`; kinds that it does not know are left out."""
+    run = RunHistory()
+    for record in records:
+        kind = record["kind"]
+        if kind == "baseline":
+            run.baselines[record["source"]] = record
+        elif kind in ("event", "train", "heldout"):
+            stage = _stage_of(run, record)
+            stage.end = max(stage.end, record["tokens"])
+            if kind == "event":
+                run.events.append(record)
+                stage.model = record.get("model", stage.model)
+            elif kind == "train":
+                stage.train.append(record)
+            else:
+                stage.heldout[record["source"]] = record
+    return run
+
+
+def _stage_of(run: RunHistory, record: Record) -> StageHistory:
+    for stage in run.stages:
+        if stage.name == record["stage"]:
+            return stage
+    tokens = record["tokens"]
+    # A log that lacks the stage's start: its first record says how many tokens came before.
+    start = run.tokens if run.stages else tokens - record.get("batch_tokens", 0)
+    run.stages.append(StageHistory(record["stage"], start, tokens))
+    return run.stages[-1]
+
+
+def short_count(number: float) -> str:
+    """A count as one says it: 950, 1.2K, 20B, 7.7T."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"
