@@ -75,7 +75,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens_BL: jax.Array) -> jax.Array:
         config = self.config
-        init = nn.initializers.normal(config.initializer_range)
+        init = nn.initializers.normal(config.embedding_initializer_range)
         init = nn.with_logical_partitioning(init, ("vocab", "embed"))
         table_VD = self.param("embedding", init, (config.vocab_size, config.hidden_size))
         # A gather from a table sharded over its width makes XLA replicate the result first.

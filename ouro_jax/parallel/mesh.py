@@ -104,4 +104,3 @@ def shardings(boxed_tree, mesh: Mesh):
     """Shardings of a tree whose leaves carry logical axis names (unboxed shape of the tree)."""
     specs = nn.get_partition_spec(boxed_tree)
     return nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
-
