@@ -183,10 +183,10 @@ def heldout_by_depth(run: RunHistory, canvas: Canvas) -> Figure:
     """Held-out bits per byte after loops 1, 2, …: a panel per source, a line per stage."""
     stages = run.measured
     sources = sorted({source for stage in stages for source in stage.heldout})
-    columns = 1 if canvas.narrow else min(len(sources), 3)
+    columns = 1 if canvas.narrow else 2 if len(sources) in (2, 4) else min(len(sources), 3)
     rows = -(-len(sources) // columns)
     figure = canvas.figure(50 + 230 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, source in zip(grid, sources, strict=False):
         for index, stage in enumerate(stages):
             if source in stage.heldout:
