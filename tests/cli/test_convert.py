@@ -31,10 +31,10 @@ def test_to_orbax_and_back_is_bit_for_bit(tmp_path):
     parameters = sum(tensor.size for tensor in tensors.values())
 
     made = convert(released, tmp_path / "run" / "stable_1a")
-    assert (made["format"], made["parameters"]) == ("orbax", parameters)
+    assert (made["format"], made["parameters"]) == ("Orbax", parameters)
     # A workdir, whose last stage is meant.
     made = convert(tmp_path / "run", tmp_path / "exports" / "back")
-    assert (made["format"], made["parameters"]) == ("huggingface", parameters)
+    assert (made["format"], made["parameters"]) == ("Hugging Face", parameters)
 
     back = tmp_path / "exports" / "back"
     ours = load_file(back / "model.safetensors")
@@ -59,7 +59,7 @@ def test_wrong_use_leaves_with_2_and_says_why(tmp_path):
     for arguments, error in (
         ([], "--from is missing"),
         ([f"--from={tmp_path}"], "--to is missing"),
-        ([f"--from={tmp_path}", f"--to={tmp_path}/full"], "not an empty folder"),
+        ([f"--from={tmp_path}", f"--to={tmp_path}/full"], "not empty"),
         ([f"--from={tmp_path}/absent", f"--to={tmp_path}/new"], "no such folder"),
         ([f"--from={tmp_path}/empty", f"--to={tmp_path}/new"], "no checkpoint here"),
     ):
