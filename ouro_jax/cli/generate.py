@@ -44,25 +44,28 @@ def main() -> Mapping[str, Any]:
         raise ConfigError("--prompt is missing or empty: e.g. --prompt='def main():'")
     # Loading jax and Orbax takes seconds; a wrong flag should not wait for them.
     from ouro_jax.cli.checkpoint import open_checkpoint
+    from ouro_jax.data.tokenizer import load_tokenizer
     from ouro_jax.inference.generate import generate
     from ouro_jax.inference.text import TextStream, coloured, decode_text, encode_prompt, stop_ids
 
-    config, params, tokenizer = open_checkpoint(path)
-    if tokenizer is None:
+    checkpoint = open_checkpoint(path)
+    if checkpoint.tokenizer_file is None:
         raise ConfigError(f"--checkpoint={path}: there is no tokenizer.json beside it.")
-    loops = FLAGS.loops or config.num_loops
+    tokenizer = load_tokenizer(checkpoint.tokenizer_file)
+    loops = FLAGS.loops or checkpoint.config.num_loops
     console = Console(highlight=False)
     stream = TextStream(tokenizer)
 
-    def show(_, tokens, depths):
+    def show(step, tokens, depths):
+        if step == 0 and not FLAGS.chat:
+            console.print(Text(prompts[0], style="dim"), end="", soft_wrap=True)
         piece = stream.push(tokens[0])
         console.print(coloured(piece, depths[0], loops), end="", soft_wrap=True)
 
     single = len(prompts) == 1
-    if single and not FLAGS.chat:
-        console.print(Text(prompts[0], style="dim"), end="", soft_wrap=True)
     result = generate(
-        config, params, [encode_prompt(tokenizer, prompt, FLAGS.chat) for prompt in prompts],
+        checkpoint.config, checkpoint.params,
+        [encode_prompt(tokenizer, prompt, FLAGS.chat) for prompt in prompts],
         FLAGS.max_new_tokens, temperature=FLAGS.temperature, exit=FLAGS.exit, kv=FLAGS.kv,
         loops=FLAGS.loops, stop_ids=stop_ids(tokenizer, FLAGS.stop), seed=FLAGS.seed,
         top_p=FLAGS.top_p, top_k=FLAGS.top_k, on_token=show if single else None,
@@ -94,7 +97,7 @@ def _show_depths(console, tokenizer, answer: Mapping[str, Any], loops: int, with
         console.print("(no new token: the answer ends at once)")
         return
     mean = f"mean {answer['mean_depth']:.2f} of {loops}"
-    if console.color_system:
+    if console.color_system and not console.no_color:
         console.print(depth_legend(loops), f"({mean})")
     else:
         console.print(f"depths ({mean}): {annotated(shown, depths)}", markup=False, soft_wrap=True)

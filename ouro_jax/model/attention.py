@@ -33,30 +33,30 @@ def dense_attention(
     visible = jnp.tril(jnp.ones((length, length), bool))[None]
     if segment_ids_BL is not None:
         visible = visible & (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])
-    return _attend(q_BLHK, k_BLGK.swapaxes(1, 2), v_BLGK.swapaxes(1, 2), visible)
+    return _attend(q_BLHK, k_BLGK, v_BLGK, visible)
 
 
 def cached_attention(
-    q_BLHK: jax.Array, keys_BGSK: jax.Array, values_BGSK: jax.Array, positions_BL: jax.Array
+    q_BLHK: jax.Array, keys_BSGK: jax.Array, values_BSGK: jax.Array, positions_BL: jax.Array
 ) -> jax.Array:
     """Attention of the queries at `positions_BL` over the cache slots up to their own."""
-    slots_S = jnp.arange(keys_BGSK.shape[2])
+    slots_S = jnp.arange(keys_BSGK.shape[1])
     visible_BLS = slots_S <= positions_BL[:, :, None]
-    return _attend(q_BLHK, keys_BGSK, values_BGSK, visible_BLS)
+    return _attend(q_BLHK, keys_BSGK, values_BSGK, visible_BLS)
 
 
-def _attend(q_BLHK, k_BGSK, v_BGSK, visible_BLS):
+def _attend(q_BLHK, k_BSGK, v_BSGK, visible_BLS):
     batch, length, heads, width = q_BLHK.shape
-    groups = k_BGSK.shape[1]
+    groups = k_BSGK.shape[2]
     precision = matmul_precision(q_BLHK.dtype)
     q_BLGRK = q_BLHK.reshape(batch, length, groups, heads // groups, width)
     scores_BGRLS = jnp.einsum(
-        "BLGRK,BGSK->BGRLS", q_BLGRK, k_BGSK,
+        "BLGRK,BSGK->BGRLS", q_BLGRK, k_BSGK,
         precision=precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
     scores_BGRLS = scores_BGRLS * width**-0.5
     visible = visible_BLS[:, None, None]
     scores_BGRLS = jnp.where(visible, scores_BGRLS, jnp.finfo(jnp.float32).min)
     weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1).astype(q_BLHK.dtype)
-    o_BLGRK = jnp.einsum("BGRLS,BGSK->BLGRK", weights_BGRLS, v_BGSK, precision=precision)
+    o_BLGRK = jnp.einsum("BGRLS,BSGK->BLGRK", weights_BGRLS, v_BSGK, precision=precision)
     return o_BLGRK.reshape(batch, length, heads, width)

@@ -5,6 +5,9 @@ Every parameter and activation carries logical axis names; what they mean on a m
 by the rules of `ouro_jax.parallel`.
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,17 @@ from ouro_jax.model.cache import KVCache, write_and_read
 constrain = nn.with_logical_constraint
 
 
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., jax.Array],
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """A float32 parameter of `module` with a logical name for each of its axes."""
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast back, then times the weight in x's dtype, as published."""
 
@@ -23,8 +37,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", init, (x_BLD.shape[-1],))
+        shape = (x_BLD.shape[-1],)
+        scale_D = parameter(self, "scale", nn.initializers.ones, ("norm",), shape)
         x32 = x_BLD.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return x32.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)
@@ -40,9 +54,11 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
-        kernel = self.param("kernel", init, self.shape).astype(x.dtype)
-        return jnp.einsum(self.equation, x, kernel, precision=matmul_precision(x.dtype))
+        init = nn.initializers.normal(self.stddev)
+        kernel = parameter(self, "kernel", init, self.axes, self.shape)
+        return jnp.einsum(
+            self.equation, x, kernel.astype(x.dtype), precision=matmul_precision(x.dtype)
+        )
 
 
 def rotary_angles(
@@ -85,10 +101,10 @@ class SelfAttention(nn.Module):
             o_BLHK = self.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
         else:
             loop, layer, positions_BL = address
-            keys, keys_BGSK = write_and_read(cache.keys_TNBGSK, k_BLGK, *address)
-            values, values_BGSK = write_and_read(cache.values_TNBGSK, v_BLGK, *address)
+            keys, keys_BSGK = write_and_read(cache.keys_TNBSGK, k_BLGK, *address)
+            values, values_BSGK = write_and_read(cache.values_TNBSGK, v_BLGK, *address)
             cache = KVCache(keys, values)
-            o_BLHK = cached_attention(q_BLHK, keys_BGSK, values_BGSK, positions_BL)
+            o_BLHK = cached_attention(q_BLHK, keys_BSGK, values_BSGK, positions_BL)
         o_BLHK = constrain(o_BLHK, ("act_batch", "act_length", "act_heads", "act_head_dim"))
         shape, axes = (config.num_heads, config.head_dim, width), ("heads", "head_dim", "embed")
         out_BLD = Projection("BLHK,HKD->BLD", shape, axes, std, name="o_proj")(o_BLHK)

@@ -1,0 +1,1 @@
+"""Answering: prefill, decode, exit rules at work, sampling, text in and out."""
