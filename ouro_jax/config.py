@@ -63,8 +63,8 @@ class ModelConfig:
     `dtype` is the compute dtype; parameters keep the dtype they were made or loaded in. The
     embedding has its own initial scale: the sandwich norms add vectors of unit rms to it, so in a
     small, short run 0.02 drowns the token (tests and the tiny config use 1).
-    `carried` holds fields of a loaded `config.json` that change nothing here; they are written
-    back by `save_huggingface`.
+    `carried` holds the fields of a loaded `config.json` as they were, those that change nothing
+    here included; `save_huggingface` writes them back.
     """
 
     vocab_size: int

@@ -4,20 +4,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ouro_jax.config import ConfigError, ModelConfig
+from ouro_jax.config import STAGE_ORDER, ConfigError, ModelConfig
 from ouro_jax.interop.huggingface import load_huggingface
-from ouro_jax.training.checkpoints import latest_stage, load_params
+from ouro_jax.training.checkpoints import latest_stage, load_params, stage_steps
 from ouro_jax.training.start import is_huggingface
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model's config and parameters, and where its tokenizer lies (None: there is none)."""
+    """A model's config and parameters, where its tokenizer lies (None: there is none), its stage."""
 
     config: ModelConfig
     params: Any
     tokenizer_file: Path | None
     is_huggingface: bool
+    name: str
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -30,10 +31,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     if is_huggingface(path):
         config, params = load_huggingface(path)
-        return Checkpoint(config, params, _tokenizer(path), True)
+        return Checkpoint(config, params, _tokenizer(path), True, path.name)
     stage = latest_stage(path)
     position, params = load_params(stage)
-    return Checkpoint(position.model, params, _tokenizer(stage, stage.parent), False)
+    tokenizer_file = _tokenizer(stage, stage.parent)
+    return Checkpoint(position.model, params, tokenizer_file, False, stage.name)
+
+
+def has_checkpoint(workdir: str | Path) -> bool:
+    """Whether a workdir holds a checkpoint of any stage yet."""
+    return any(stage_steps(Path(workdir) / name) for name in STAGE_ORDER)
 
 
 def _tokenizer(*folders: Path) -> Path | None:

@@ -26,7 +26,7 @@ def main() -> Mapping[str, Any]:
     """The verb."""
     source = Path(required("from", "runs/tiny"))
     target = Path(required("to", "exported"))
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--to = {str(target)!r}: not empty; name a new or an empty folder.")
     checkpoint = open_checkpoint(source)
     target.mkdir(parents=True, exist_ok=True)

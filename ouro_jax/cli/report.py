@@ -1,34 +1,70 @@
 """Writes one self-contained page of plots, tables and samples from what a run wrote.
 
   ouro report --workdir=runs/tiny
+  ouro report --workdir=runs/mine --prompt='Once upon' --exit=q:0.5 --max_new_tokens=100
 
-Writes WORKDIR/report.html from metrics.jsonl, config.json and, if there is one, samples.json; a run
-that is still going may be reported on. Prints the held-out table too.
+Writes WORKDIR/report.html from metrics.jsonl, config.json and the newest checkpoint, which
+continues the prompts; a run that is still going may be reported on. Prints the held-out table too.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from rich.console import Console
 
-from ouro_jax.cli.common import required, run_verb
+from ouro_jax.cli.common import FLAGS, required, run_verb
 
 flags.DEFINE_string("workdir", "", "Folder of the run.")
+flags.DEFINE_multi_string(
+    "prompt", ["def main(", "The function returns", "import "], "Text for the samples to continue."
+)
+flags.DEFINE_string("exit", "q:0.7", "Exit rule of the samples.")
+flags.DEFINE_integer("max_new_tokens", 64, "Tokens of each sample.")
 
 
 def main() -> Mapping[str, Any]:
     """The verb."""
     workdir = required("workdir", "runs/tiny")
-    # Loading matplotlib takes a second; a missing flag should not wait for it.
+    # Loading matplotlib and jax takes seconds; a missing flag should not wait for them.
     from ouro_jax.reporting.report import write_report
     from ouro_jax.reporting.tables import heldout_table
     from ouro_jax.training.run_log import read_log
 
-    path = write_report(workdir)
-    Console().print(heldout_table(read_log(workdir)))
+    records = read_log(workdir)
+    path = write_report(workdir, make_samples(workdir))
+    Console().print(heldout_table(records))
     print(f"{path}: open it in a browser.")
     return {"workdir": workdir, "report": str(path)}
+
+
+def make_samples(workdir: str) -> list[Any]:
+    """What the run's newest checkpoint makes of the prompts; none before the first checkpoint."""
+    from ouro_jax.cli.checkpoint import has_checkpoint, open_checkpoint
+    from ouro_jax.data.tokenizer import encode, load_tokenizer
+    from ouro_jax.inference.generate import generate
+    from ouro_jax.inference.text import pieces, stop_ids
+
+    if not has_checkpoint(workdir):
+        return []
+    checkpoint = open_checkpoint(workdir)
+    tokenizer = load_tokenizer(Path(workdir) / "tokenizer.json")
+    answer = generate(
+        checkpoint.config, checkpoint.params, [encode(tokenizer, text) for text in FLAGS.prompt],
+        FLAGS.max_new_tokens, temperature=0.7, top_p=0.9, exit=FLAGS.exit,
+        stop_ids=stop_ids(tokenizer, None),
+    )  # fmt: skip
+    return [
+        {
+            "prompt": prompt,
+            "tokens": pieces(tokenizer, tokens),
+            "depths": depths,
+            "num_loops": checkpoint.config.num_loops,
+            "stage": checkpoint.name,
+        }
+        for prompt, tokens, depths in zip(FLAGS.prompt, answer.tokens, answer.depths, strict=True)
+    ]
 
 
 def run() -> None:

@@ -5,11 +5,15 @@ needs no token of its neighbour.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ouro_jax.data.rows import Row
+
+
+Array = Any
+"""np.ndarray as the host makes it, jax.Array once placed on devices."""
 
 
 class Batch(NamedTuple):
@@ -21,11 +25,11 @@ class Batch(NamedTuple):
     chat data, where the target is not the assistant's; targets without a next token are 0.
     """
 
-    tokens_BL: np.ndarray
-    targets_BL: np.ndarray
-    segment_ids_BL: np.ndarray
-    positions_BL: np.ndarray
-    loss_mask_BL: np.ndarray
+    tokens_BL: Array
+    targets_BL: Array
+    segment_ids_BL: Array
+    positions_BL: Array
+    loss_mask_BL: Array
 
 
 def batch_from_rows(rows: Sequence[Row]) -> Batch:

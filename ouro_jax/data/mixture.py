@@ -9,7 +9,7 @@ reads which row, and the batch may change from step to step.
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ class Mixture:
         *,
         host: int = 0,
         num_hosts: int = 1,
-    ) -> Iterator[tuple[int, Batch]]:
+    ) -> Generator[tuple[int, Batch], None, None]:
         """Steps from global row `position` on, as (first row, this host's batch), read ahead.
 
         `batch_rows_at(position)` says how many global rows the step at `position` takes; 0 ends

@@ -134,9 +134,8 @@ def save_huggingface(config: ModelConfig, tree: Mapping[str, Any], directory: st
         return piece
 
     write_safetensors(directory / WEIGHTS_FILE, specs, tensor)
-    dtype = np.dtype(arrays["embed_tokens", "embedding"].dtype).name
     with replacing(directory / CONFIG_FILE) as part:
-        part.write_text(json.dumps(config_to_json(config, dtype), indent=2) + "\n")
+        part.write_text(json.dumps(config_to_json(config), indent=2) + "\n")
 
 
 def _leaves(config: ModelConfig) -> list[_Leaf]:

@@ -76,11 +76,12 @@ def config_from_json(
         raise ConfigError(f"{source}: {error}") from error
 
 
-def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The fields of a `config.json` that the released code and vLLM accept; `dtype`: the tensors'.
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a `config.json` that the released code and vLLM accept.
 
     A config that was loaded gives back its own fields; only what has changed since (loops,
-    layers, RoPE base, dtype) is written anew.
+    layers, RoPE base, dtype) is written anew. `torch_dtype` is the compute dtype, so a model
+    computes the same when it is loaded again, whatever dtype its tensors have.
     """
     loaded = bool(config.carried)
     fields = dict(config.carried) if loaded else dict(_DEFAULTS)
@@ -97,8 +98,8 @@ def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         value = getattr(config, name)
         if not loaded or seen.get(name, getattr(ModelConfig, name, None)) != value:
             fields[key] = value
-    if (_dtype(fields) or (loaded and config.dtype)) != dtype:
-        fields["dtype" if "dtype" in fields else "torch_dtype"] = dtype
+    if (_dtype(fields) or (loaded and config.dtype)) != config.dtype:
+        fields["dtype" if "dtype" in fields else "torch_dtype"] = config.dtype
     return fields
 
 

@@ -3,6 +3,8 @@
 B batch, L sequence, D model width, V vocabulary, T loops.
 """
 
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,10 @@ from flax import struct
 from ouro_jax.config import ModelConfig
 from ouro_jax.model.attention import Attention, dense_attention, matmul_precision
 from ouro_jax.model.cache import KVCache
-from ouro_jax.model.layers import Layer, RMSNorm, constrain, rotary_angles
+from ouro_jax.model.layers import Layer, RMSNorm, constrain, parameter, rotary_angles
 
 
-@struct.dataclass
-class LoopOutput:
+class LoopOutput(struct.PyTreeNode):
     """What every loop left: the normed states and the exit gate's logits (float32)."""
 
     states_TBLD: jax.Array
@@ -29,10 +30,8 @@ class ExitGate(nn.Module):
     def __call__(self, state_BLD: jax.Array) -> jax.Array:
         init = nn.initializers
         width = state_BLD.shape[-1]
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(init.normal(0.02), ("norm", None)), (width, 1)
-        )
-        bias = self.param("bias", nn.with_logical_partitioning(init.zeros, (None,)), (1,))
+        kernel = parameter(self, "kernel", init.normal(0.02), ("norm", None), (width, 1))
+        bias = parameter(self, "bias", init.zeros, (None,), (1,))
         logits_BL1 = jnp.einsum(
             "BLD,DO->BLO", state_BLD, kernel.astype(state_BLD.dtype),
             precision=matmul_precision(state_BLD.dtype), preferred_element_type=jnp.float32,
@@ -54,7 +53,7 @@ class Stack(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)),
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.attention, name="layers")
@@ -76,8 +75,8 @@ class Embedding(nn.Module):
     def __call__(self, tokens_BL: jax.Array) -> jax.Array:
         config = self.config
         init = nn.initializers.normal(config.embedding_initializer_range)
-        init = nn.with_logical_partitioning(init, ("vocab", "embed"))
-        table_VD = self.param("embedding", init, (config.vocab_size, config.hidden_size))
+        shape = (config.vocab_size, config.hidden_size)
+        table_VD = parameter(self, "embedding", init, ("vocab", "embed"), shape)
         # A gather from a table sharded over its width makes XLA replicate the result first.
         table_VD = constrain(table_VD.astype(config.dtype), ("vocab", "act_embed"))
         x_BLD = jnp.take(table_VD, tokens_BL, axis=0)
@@ -93,8 +92,8 @@ class Head(nn.Module):
     def __call__(self, states: jax.Array) -> jax.Array:
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
-        init = nn.with_logical_partitioning(init, ("embed", "vocab"))
-        kernel_DV = self.param("kernel", init, (config.hidden_size, config.vocab_size))
+        shape = (config.hidden_size, config.vocab_size)
+        kernel_DV = parameter(self, "kernel", init, ("embed", "vocab"), shape)
         return jnp.einsum(
             "...D,DV->...V", states, kernel_DV.astype(states.dtype),
             precision=matmul_precision(states.dtype), preferred_element_type=jnp.float32,
@@ -171,7 +170,7 @@ class LoopLM(nn.Module):
         never read.
         """
         rotary = self._rotary(positions_BL, None)
-        return self.stack(x_BLD, rotary, None, cache, loop, positions_BL)
+        return cast(Any, self.stack(x_BLD, rotary, None, cache, loop, positions_BL))
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Logits over the vocabulary of states of any leading shape: […, D] → […, V], float32."""

@@ -16,8 +16,7 @@ from flax import struct
 from ouro_jax.model.exit import log_exit_distribution
 
 
-@struct.dataclass
-class Sums:
+class Sums(struct.PyTreeNode):
     """Sums over the counted tokens of a batch; divide by `num_tokens` for means.
 
     `loss` is what is minimised. `metrics` holds further sums by name; those of shape [T] are per
@@ -53,6 +52,7 @@ def expected_loss(
 
     Gradients flow into the gate and into every loop's cross-entropy.
     """
+    ce_TBL, gate_logits_TBL = _counted(loss_mask_BL, ce_TBL, gate_logits_TBL)
     exits = _Exits.of(ce_TBL, gate_logits_TBL)
     loss_BL = exits.expected_BL - entropy_weight * exits.entropy_BL
     if geometric_prior is not None:
@@ -63,6 +63,7 @@ def expected_loss(
 
 def last_loop_loss(ce_TBL: jax.Array, gate_logits_TBL: jax.Array, loss_mask_BL: jax.Array) -> Sums:
     """The cross-entropy of the last loop only, as a model of fixed depth is trained."""
+    ce_TBL, gate_logits_TBL = _counted(loss_mask_BL, ce_TBL, gate_logits_TBL)
     return _sums(ce_TBL[-1], ce_TBL, _Exits.of(ce_TBL, gate_logits_TBL), loss_mask_BL)
 
 
@@ -84,6 +85,7 @@ def gate_loss(
 
     No gradient flows into `ce_TBL`; the caller differentiates with respect to the gate only.
     """
+    ce_TBL, gate_logits_TBL = _counted(loss_mask_BL, ce_TBL, gate_logits_TBL)
     ce_TBL = jax.lax.stop_gradient(ce_TBL)
     improvement = jnp.maximum(ce_TBL[:-1] - ce_TBL[1:], 0.0)
     continue_target = jax.nn.sigmoid(steepness * (improvement - threshold))
@@ -116,9 +118,14 @@ class _Exits(NamedTuple):
         return cls(pdf_TBL, expected_BL, -jnp.sum(pdf_TBL * log_pdf_TBL, axis=0))
 
 
+def _counted(loss_mask_BL, *arrays_TBL) -> list[jax.Array]:
+    """The arrays with zeros at masked tokens, which may hold inf or nan: times 0, those would
+    still be nan, in the value and in the gradient of what they are multiplied with."""
+    return [jnp.where(loss_mask_BL, array_TBL, 0.0) for array_TBL in arrays_TBL]
+
+
 def _sums(loss_BL, ce_TBL, exits: _Exits, loss_mask_BL) -> Sums:
     def total(values_BL):
-        # where and not times: a masked token may hold inf or nan, which 0 would not silence.
         return jnp.sum(jnp.where(loss_mask_BL, values_BL, 0.0), axis=(-2, -1))
 
     depths_T = jnp.arange(1, ce_TBL.shape[0] + 1, dtype=jnp.float32)

@@ -7,6 +7,7 @@ optimizer, `tensor` heads, MLP width and vocabulary, `context` the sequence.
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -36,7 +37,7 @@ LOGICAL_AXIS_RULES = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config` over all devices; axes set to 0 become 1, `data` takes what is left.
 
     Raises ConfigError when the axes do not multiply to the number of devices.

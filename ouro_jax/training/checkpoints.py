@@ -31,7 +31,6 @@ class Position:
     step: int
     rows: int
     tokens_seen: int
-    finished: bool
     model: ModelConfig
     objective: str
     seed: int
@@ -121,9 +120,9 @@ def latest_stage(path: str | Path) -> Path:
     path = Path(path).resolve()
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; expected a workdir or one of its stages.")
-    if _steps(path):
+    if stage_steps(path):
         return path
-    begun = [path / name for name in STAGE_ORDER if _steps(path / name)]
+    begun = [path / name for name in STAGE_ORDER if stage_steps(path / name)]
     if not begun:
         raise ConfigError(
             f"{path}: no checkpoint here; expected a workdir of `ouro train` or one of its stages "
@@ -135,7 +134,7 @@ def latest_stage(path: str | Path) -> Path:
 def load_position(path: str | Path) -> Position:
     """The position of the newest checkpoint of a workdir or stage."""
     stage = latest_stage(path)
-    return _read_position(epath.Path(stage) / str(max(_steps(stage))))
+    return _read_position(epath.Path(stage) / str(max(stage_steps(stage))))
 
 
 def load_params(path: str | Path) -> tuple[Position, Any]:
@@ -156,12 +155,13 @@ def load_params(path: str | Path) -> tuple[Position, Any]:
 
 def save_params(directory: str | Path, params: Any, model: ModelConfig) -> None:
     """Writes parameters alone as a stage folder that `load_params` and `init_from` read."""
-    position = Position(Path(directory).name, 0, 0, 0, True, model, "expected", 0)
+    position = Position(Path(directory).name, 0, 0, 0, model, "expected", 0)
     with StageCheckpoints(directory) as checkpoints:
         checkpoints.save_items(position, {}, params=ocp.args.StandardSave(params))
 
 
-def _steps(directory: Path) -> list[int]:
+def stage_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a stage's folder; none if there is no such folder."""
     if not directory.is_dir():
         return []
     return [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]

@@ -6,7 +6,9 @@ learning rate, so nothing depends on how a run was interrupted.
 
 import dataclasses
 import math
+from typing import Any
 
+import numpy as np
 import optax
 
 from ouro_jax.config import Config, ConfigError, Stage, num_parameters
@@ -54,7 +56,7 @@ class StagePlan:
 
     def learning_rate(self, row: int) -> float:
         """Learning rate of the step that ends at `row`; evaluated by optax in units of tokens."""
-        return float(self._schedule()(float(row * self.stage.sequence_length)))
+        return float(np.asarray(self._schedule()(float(row * self.stage.sequence_length))))
 
     def batch_sizes(self) -> list[int]:
         """Every number of rows a step of this stage can have."""
@@ -76,12 +78,13 @@ class StagePlan:
     def _schedule(self) -> optax.Schedule:
         stage = self.stage
         # Floats throughout: 3e12 tokens do not fit int32, and float32 is exact to 3e5 of them.
-        total, warmup = float(stage.tokens), float(stage.warmup_tokens)
+        total: Any = float(stage.tokens)
+        warmup: Any = float(stage.warmup_tokens)
         peak, final = stage.learning_rate, stage.final_learning_rate
         if stage.schedule == "cosine":
             after = optax.cosine_decay_schedule(peak, total - warmup, final / peak)
         elif stage.schedule == "wsd":
-            decay = float(stage.decay_tokens)
+            decay: Any = float(stage.decay_tokens)
             stable = optax.constant_schedule(peak)
             fall = optax.linear_schedule(peak, final, max(decay, 1.0))
             after = optax.join_schedules([stable, fall], [total - warmup - decay])

@@ -41,7 +41,9 @@ def evaluate(
         totals, num_bytes = None, 0
         rows = config.evaluation.rows_per_source
         for batch, bytes_of_batch in heldout_batches(root, source, length, batch_rows, rows):
-            sums = run(params, place(batch, sharding), rope_theta)
+            # Every host reads the whole batch and gives its own rows.
+            own = jax.tree.map(lambda x_BL: x_BL[jax.process_index() :: jax.process_count()], batch)
+            sums = run(params, place(own, sharding), rope_theta)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
             num_bytes += bytes_of_batch
         assert totals is not None, "open_source refuses an empty source"

@@ -47,6 +47,6 @@ def trained_part(params: Mapping[str, Any], objective: str) -> Mapping[str, Any]
     return params
 
 
-def with_trained_part(params: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+def with_trained_part(params: Mapping[str, Any], part: Any) -> dict[str, Any]:
     """`params` with the trained subtree replaced by `part`."""
     return {**params, **part, "stack": {**params["stack"], **part["stack"]}}

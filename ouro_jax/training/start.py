@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from ouro_jax.config import Config, ConfigError, check_transition
+from ouro_jax.config import Config, ConfigError, ModelConfig, check_transition
 from ouro_jax.interop.huggingface import load_huggingface
 from ouro_jax.interop.huggingface_config import config_from_json
 from ouro_jax.training.checkpoints import (
@@ -43,8 +44,7 @@ def check_init_from(config: Config) -> None:
         return
     name, stage = config.stream()[0]
     if is_huggingface(config.init_from):
-        file = Path(config.init_from) / "config.json"
-        source = config_from_json(json.loads(file.read_text()), None, str(file))
+        source = _huggingface_config(config.init_from)
     else:
         source = load_position(config.init_from).model
     for field in FIXED:
@@ -60,7 +60,7 @@ def check_init_from(config: Config) -> None:
 def fresh_state(factory: StateFactory, config: Config, name: str) -> tuple[TrainState, Position]:
     """A state of random parameters at the start of a run."""
     model = config.stage_model(name)
-    position = Position(name, 0, 0, 0, False, model, factory.objective, config.seed)
+    position = Position(name, 0, 0, 0, model, factory.objective, config.seed)
     return factory.init(config.seed), position
 
 
@@ -88,7 +88,7 @@ def state_from(
     else:
         opt_state = factory.fresh_optimizer(params)
     position = dataclasses.replace(
-        before, stage=name, rows=0, finished=False, model=config.stage_model(name),
+        before, stage=name, rows=0, model=config.stage_model(name),
         objective=factory.objective, seed=config.seed,
     )  # fmt: skip
     return state.replace(params=params, opt_state=opt_state), position
@@ -105,15 +105,21 @@ def _from_stage(folder: Path, config: Config, mesh: Mesh) -> tuple[Position, Tra
 
 
 def _from_huggingface(folder: str | Path, config: Config, mesh: Mesh) -> tuple[Position, Any]:
-    model, params = load_huggingface(folder)
-    factory = StateFactory(model, config.optimizer, "expected", mesh)
-    # Training keeps float32 parameters whatever the file holds.
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.device_put(np.asarray(leaf, np.float32), sharding),
-        params, factory.shardings().params,
-    )  # fmt: skip
-    position = Position("", 0, 0, 0, True, model, "expected", config.seed)
+    factory = StateFactory(_huggingface_config(folder), config.optimizer, "expected", mesh)
+    layout = flatten_dict(factory.shardings().params)
+
+    def place(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+        # Training keeps float32 parameters whatever the file holds.
+        return jax.device_put(leaf.astype(np.float32), layout[path])
+
+    model, params = load_huggingface(folder, place)
+    position = Position("", 0, 0, 0, model, "expected", config.seed)
     return position, _without_optimizer(params, factory, config.seed)
+
+
+def _huggingface_config(folder: str | Path) -> ModelConfig:
+    file = Path(folder) / "config.json"
+    return config_from_json(json.loads(file.read_text()), None, str(file))
 
 
 def _without_optimizer(params: Any, factory: StateFactory, seed: int) -> TrainState:

@@ -15,8 +15,7 @@ from ouro_jax.parallel.mesh import shardings
 from ouro_jax.training.optimizer import make_optimizer, trained_part
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Parameters (float32), optimizer state of the trained part, optimizer steps, random key."""
 
     params: Any

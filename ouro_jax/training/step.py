@@ -8,7 +8,7 @@ M microbatches, B rows of a microbatch, L sequence, T loops.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ouro_jax.config import ModelConfig, OptimizerConfig, parse_prior
 from ouro_jax.data.batch import Batch
-from ouro_jax.model.loop_lm import LoopLM
+from ouro_jax.model.loop_lm import LoopLM, LoopOutput
 from ouro_jax.objectives.cross_entropy import cross_entropy
 from ouro_jax.objectives.losses import Sums, expected_loss, gate_loss, last_loop_loss
 from ouro_jax.parallel.mesh import batch_shards, require_mesh
@@ -31,10 +31,10 @@ CHUNK_TOKENS = 1024
 class StepInputs(NamedTuple):
     """Numbers that change along the curriculum; traced, so that no value compiles anew."""
 
-    learning_rate: jax.Array | float
-    weight_decay: jax.Array | float
-    entropy_weight: jax.Array | float
-    rope_theta: jax.Array | float
+    learning_rate: Any
+    weight_decay: Any
+    entropy_weight: Any
+    rope_theta: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +94,10 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch, inputs: StepInp
 def batch_sums(spec: StepSpec, params: Any, batch: Batch, inputs: StepInputs) -> Sums:
     """The stage's objective over one microbatch [B, L], as sums."""
     model = LoopLM(spec.model, remat=spec.remat)
-    out = model.apply(
+    out = cast(LoopOutput, model.apply(
         {"params": params}, batch.tokens_BL, batch.positions_BL, batch.segment_ids_BL,
         rope_theta=inputs.rope_theta,
-    )  # fmt: skip
+    ))  # fmt: skip
     head_DV = params["lm_head"]["kernel"]
     chunk = CHUNK_TOKENS * batch_shards(spec.mesh)
     ce_TBL = cross_entropy(out.states_TBLD, head_DV, batch.targets_BL, chunk)
@@ -122,10 +122,10 @@ def compiled_evaluation(config: ModelConfig, mesh: Mesh, num_loops: int):
 
     def evaluate(params: Any, batch: Batch, rope_theta: jax.Array) -> Sums:
         require_mesh()
-        out = model.apply(
+        out = cast(LoopOutput, model.apply(
             {"params": params}, batch.tokens_BL, batch.positions_BL, batch.segment_ids_BL,
             num_loops=max(num_loops, trained_loops), rope_theta=rope_theta,
-        )  # fmt: skip
+        ))  # fmt: skip
         head_DV = params["lm_head"]["kernel"]
         ce_TBL = cross_entropy(out.states_TBLD, head_DV, batch.targets_BL, chunk)
         gates_TBL = out.gate_logits_TBL[:trained_loops]

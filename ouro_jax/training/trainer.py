@@ -89,8 +89,9 @@ class _Run:
         )
         with StageCheckpoints(self.workdir / plan.name, self.config.checkpoint.keep) as checkpoints:
             position = checkpoints.latest()
-            if position is not None and position.finished:
+            if position is not None and position.rows >= plan.total_rows:
                 self.progress.message(f"{plan.name}: finished at step {position.step:,}.")
+                self.log_once("stage_end", position)
                 return
             if position is not None:
                 state = checkpoints.restore(factory.abstract(), position.step)
@@ -111,9 +112,8 @@ class _Run:
             record["kind"] == "baseline" for record in records
         ):
             for record in ngram_baselines(self.config, self.data_root):
-                self.log.write(record)
-        if not any(record.get("event") == "finished" for record in records):
-            self.log.write(event("finished", position))
+                self.log.write(record | {"step": position.step})
+        self.log_once("finished", position)
         return {
             "workdir": str(self.workdir),
             "finished": True,
@@ -121,6 +121,19 @@ class _Run:
             "step": position.step,
             "tokens": position.tokens_seen,
         }
+
+    def log_once(self, name: str, position: Position) -> None:
+        """Logs an event unless it is there: the process may have died just before or after."""
+        if not any(
+            record.get("event") == name and record["step"] == position.step
+            for record in self.log.records()
+        ):
+            self.log.write(event(name, position))
+
+    def tokens_after(self, plan: StagePlan) -> int:
+        """Tokens of the stages that come after `plan`."""
+        later = self.plans[self.plans.index(plan) + 1 :]
+        return sum(other.total_rows * other.stage.sequence_length for other in later)
 
     def shape(self, stage: Stage) -> ModelConfig:
         """The model of a stage as far as compiled programs depend on it: not on the RoPE base."""
@@ -156,8 +169,9 @@ class _StageRun:
             | {"model": to_dict(self.position.model)}
         )
         run.progress.start_stage(
-            plan.name, plan.total_rows * length, done_tokens=self.position.rows * length
-        )
+            plan.name, plan.total_rows * length,
+            done_tokens=self.position.rows * length, tokens_after=run.tokens_after(plan),
+        )  # fmt: skip
         mixture = open_stage_mixture(self.config, run.data_root, plan)
         batches = mixture.batches(
             self.position.rows, plan.batch_rows,
@@ -166,13 +180,13 @@ class _StageRun:
         with contextlib.closing(batches):
             for start, batch in batches:
                 self._optimizer_step(start, batch)
-                finished = self.position.finished
+                finished = self.position.rows >= plan.total_rows
                 if self._passed(self.config.evaluation.every_tokens) or finished:
                     self._evaluate()
                 if self._passed(self.config.checkpoint.every_tokens) or finished:
                     self._save()
         self.checkpoints.wait()
-        run.log.write(event("stage_end", self.position))
+        run.log_once("stage_end", self.position)
         run.progress.finish_stage()
 
     def _optimizer_step(self, start: int, batch: Any) -> None:
@@ -190,7 +204,6 @@ class _StageRun:
             step=self.position.step + 1,
             rows=end,
             tokens_seen=self.position.tokens_seen + rows * self.stage.sequence_length,
-            finished=end >= self.plan.total_rows,
         )
         # Read one step late: the device computes this step while the host waits for the last.
         self._read_metrics()
@@ -221,7 +234,8 @@ class _StageRun:
             **means,
         }  # fmt: skip
         self.run_.progress.update(record)
-        if position.step % self.config.logging.every_steps == 0 or position.finished:
+        is_last = position.rows >= self.plan.total_rows
+        if position.step % self.config.logging.every_steps == 0 or is_last:
             self.run_.log.write(record)
 
     def _passed(self, every_tokens: int) -> bool:
