@@ -257,9 +257,14 @@ class Config:
             ("logging.every_steps", self.logging.every_steps),
         ):
             require(value >= 1, key, value, "at least 1")
-        require(
-            self.optimizer.clip_norm > 0, "optimizer.clip_norm", self.optimizer.clip_norm, "> 0"
-        )
+        rows = self.layout.microbatch_rows
+        require(rows >= 0, "layout.microbatch_rows", rows, "0 (chosen) or more")
+        for key in ("clip_norm", "eps"):
+            value = getattr(self.optimizer, key)
+            require(value > 0, f"optimizer.{key}", value, "more than 0")
+        for key in ("beta1", "beta2"):
+            value = getattr(self.optimizer, key)
+            require(0 <= value < 1, f"optimizer.{key}", value, "at least 0 and below 1")
 
     def stream(self) -> list[tuple[str, Stage]]:
         """The stages of this run in the order of the paper, from `first_stage` on."""
@@ -305,7 +310,8 @@ def _validate_stage(key: str, stage: Stage) -> None:
                  "decay_tokens"):  # fmt: skip
         require(getattr(stage, name) >= 0, f"{key}.{name}", getattr(stage, name), "0 or more")
     require(
-        stage.warmup_tokens + stage.decay_tokens <= stage.tokens, f"{key}.warmup_tokens",
+        stage.warmup_tokens < stage.tokens
+        and stage.warmup_tokens + stage.decay_tokens <= stage.tokens, f"{key}.warmup_tokens",
         stage.warmup_tokens, f"warm-up and decay within the stage's {stage.tokens:,} tokens",
     )  # fmt: skip
     require_choice(stage.schedule, SCHEDULES, f"{key}.schedule")
@@ -377,7 +383,13 @@ def check_transition(transition: str, layers_before: int, layers: int, key: str)
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """The `ml_collections` form of a config, as config files return it."""
-    return ml_collections.ConfigDict(to_dict(config), sort_keys=False)
+    return _unsorted(to_dict(config))
+
+
+def _unsorted(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    # A ConfigDict sorts the keys of the dictionaries inside it, whatever it is told about its own.
+    items = {k: _unsorted(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+    return ml_collections.ConfigDict(items, sort_keys=False)
 
 
 def to_dict(value: Any) -> Any:
