@@ -1,7 +1,7 @@
 """Ouro 1.4B through the whole curriculum of the paper (Table 1): 7.7T tokens and the tuning after.
 
   ouro train --config=configs/ouro_1p4b.py --dry_run
-  ouro train --config=configs/ouro_1p4b.py --workdir=gs://BUCKET/ouro_1p4b
+  ouro train --config=configs/ouro_1p4b.py --workdir=runs/ouro_1p4b
 
 Needs: prepared rows of every source in `configs/data/mixtures.py` under `data.root`, with the
 49,152-entry SmolLM2 tokenizer. 4.3e23 FLOPs, as `--dry_run` prints: 78 days on 256 v5p chips at

@@ -1,8 +1,8 @@
 """Ouro 2.6B: forks off the 1.4B run after stable_1a, upcycled to 48 layers (paper, 4.3.1).
 
   ouro train --config=configs/ouro_2p6b.py --dry_run
-  ouro train --config=configs/ouro_2p6b.py --workdir=gs://BUCKET/ouro_2p6b \\
-      --config.init_from=gs://BUCKET/ouro_1p4b/stable_1a
+  ouro train --config=configs/ouro_2p6b.py --workdir=runs/ouro_2p6b \\
+      --config.init_from=runs/ouro_1p4b/stable_1a
 
 Needs: what `configs/ouro_1p4b.py` needs, and its finished stable_1a. About 1.9 × its time after
 the fork. Expect (paper, Table 7): MMLU 74.60, GSM8K 81.58 at 4 loops.
