@@ -107,10 +107,7 @@ class _Run:
         with StageCheckpoints(self.workdir / self.plans[-1].name, read_only=True) as checkpoints:
             position = checkpoints.latest()
         assert position is not None, "the last stage has just been trained"
-        records = self.log.records()
-        if self.config.evaluation.ngram_baselines and not any(
-            record["kind"] == "baseline" for record in records
-        ):
+        if self.config.evaluation.ngram_baselines and not self._is_logged("finished", position):
             for record in ngram_baselines(self.config, self.data_root):
                 self.log.write(record | {"step": position.step})
         self.log_once("finished", position)
@@ -124,11 +121,14 @@ class _Run:
 
     def log_once(self, name: str, position: Position) -> None:
         """Logs an event unless it is there: the process may have died just before or after."""
-        if not any(
+        if not self._is_logged(name, position):
+            self.log.write(event(name, position))
+
+    def _is_logged(self, name: str, position: Position) -> bool:
+        return any(
             record.get("event") == name and record["step"] == position.step
             for record in self.log.records()
-        ):
-            self.log.write(event(name, position))
+        )
 
     def tokens_after(self, plan: StagePlan) -> int:
         """Tokens of the stages that come after `plan`."""
