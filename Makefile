@@ -8,7 +8,7 @@ RUN = runs/tiny
 demo: .venv/installed
 	$(BIN)/ouro train --config=configs/tiny.py --workdir=$(RUN)
 	$(BIN)/ouro train --config=configs/tiny.py:fork --workdir=$(RUN)_fork --config.init_from=$(RUN)/stable_1a
-	$(BIN)/ouro generate --checkpoint=$(RUN) --prompt="def main(" --max_new_tokens=48 --exit=q:0.7
+	$(BIN)/ouro generate --checkpoint=$(RUN) --prompt="def main(" --max_new_tokens=48 --exit=q:0.5
 	$(BIN)/ouro report --workdir=$(RUN)
 
 test: .venv/installed

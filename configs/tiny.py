@@ -62,9 +62,9 @@ def _full() -> Config:
             120_000, num_loops=8, mixture=STABLE, learning_rate=3e-3, warmup_tokens=20_000,
             entropy_weight=0.5, batch_ramp=((30_000, 512),),
         ),
-        "stable_1b": stage(450_000, mixture=STABLE, learning_rate=3e-3),
+        "stable_1b": stage(400_000, mixture=STABLE, learning_rate=3e-3),
         "anneal": stage(
-            450_000, sequence_length=256, rope_theta=40_000.0, mixture=ANNEAL, schedule="cosine",
+            400_000, sequence_length=256, rope_theta=40_000.0, mixture=ANNEAL, schedule="cosine",
             learning_rate=3e-3, final_learning_rate=3e-4,
         ),
         "long_context": stage(

@@ -20,7 +20,7 @@ flags.DEFINE_string("workdir", "", "Folder of the run.")
 flags.DEFINE_multi_string(
     "prompt", ["def main(", "The function returns", "import "], "Text for the samples to continue."
 )
-flags.DEFINE_string("exit", "q:0.7", "Exit rule of the samples.")
+flags.DEFINE_string("exit", "q:0.5", "Exit rule of the samples.")
 flags.DEFINE_integer("max_new_tokens", 64, "Tokens of each sample.")
 
 

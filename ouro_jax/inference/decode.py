@@ -8,7 +8,9 @@ slot after its last one: what padding left in later slots is overwritten before 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,23 +134,29 @@ def decode(
     return cache, Rows(tokens_B, depths_B, rows.positions_B + 1, rows.keys_B, step)
 
 
+def _method(program: Program, params: dict, name: str) -> Callable[..., Any]:
+    """A method of the model, with the parameters given."""
+    model = LoopLM(program.config, remat="none")
+    return functools.partial(model.apply, {"params": params}, method=name)
+
+
 def _run_loops(program, params, tokens_BC, positions_BC, index_B, cache):
     """All loops over the tokens given: the cache, and states and gates at `index_B` of each row."""
-    apply = functools.partial(LoopLM(program.config, remat="none").apply, {"params": params})
+    run_loop = _method(program, params, "loop")
 
     def loop(carry, index):
-        x_BCD, gates_BC, cache = apply(carry[0], index, positions_BC, carry[1], method="loop")
+        x_BCD, gates_BC, cache = run_loop(carry[0], index, positions_BC, carry[1])
         rows_B = jnp.arange(x_BCD.shape[0])
         return (x_BCD, cache), (x_BCD[rows_B, index_B], gates_BC[rows_B, index_B])
 
-    x_BCD = apply(tokens_BC, method="embed")
+    x_BCD = _method(program, params, "embed")(tokens_BC)
     (_, cache), read_T = jax.lax.scan(loop, (x_BCD, cache), jnp.arange(program.loops))
     return cache, read_T
 
 
 def _read_out(program, params, states_TBD, gates_TB):
     """Logits of the exit state of every row, and its depth from 1."""
-    head = functools.partial(LoopLM(program.config).apply, {"params": params}, method="logits")
+    head = _method(program, params, "logits")
     rule = program.exit
     if rule is not None and rule.kind == "confidence":
         logits_TBV = head(states_TBD)

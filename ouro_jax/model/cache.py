@@ -6,6 +6,7 @@ T loops, N layers, B batch, S cache slots, G KV heads, K head width, L new posit
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from ouro_jax.config import ModelConfig
 
@@ -62,4 +63,5 @@ def write_and_read(
     slot = jax.lax.dynamic_slice(
         cache_TNBSGK, (loop, layer, 0, 0, 0, 0), (1, 1, *cache_TNBSGK.shape[2:])
     )
-    return cache_TNBSGK, jax.lax.bitcast_convert_type(slot[0, 0], new_BLGK.dtype)
+    slot_BSGK = with_layout_constraint(slot[0, 0], Layout((0, 1, 2, 3)))
+    return cache_TNBSGK, jax.lax.bitcast_convert_type(slot_BSGK, new_BLGK.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from ouro_jax.config import Config, ConfigError, Stage, num_parameters
+from ouro_jax.config import Config, ConfigError, ModelConfig, Stage, num_parameters
 from ouro_jax.model.flops import train_flops_per_token
 from ouro_jax.training.optimizer import GATE_OBJECTIVES
 
@@ -57,6 +57,11 @@ class StagePlan:
     def learning_rate(self, row: int) -> float:
         """Learning rate of the step that ends at `row`; evaluated by optax in units of tokens."""
         return float(np.asarray(self._schedule()(float(row * self.stage.sequence_length))))
+
+    def flops_per_token(self, model: ModelConfig) -> int:
+        """The model's work on one token of this stage; a frozen model has no backward pass."""
+        flops = train_flops_per_token(model, self.stage.sequence_length)
+        return flops // 3 if self.stage.objective in GATE_OBJECTIVES else flops
 
     def batch_sizes(self) -> list[int]:
         """Every number of rows a step of this stage can have."""
@@ -127,9 +132,7 @@ def describe(config: Config) -> list[dict]:
     for name, stage in config.stream():
         plan, model = StagePlan(name, stage), config.stage_model(name)
         tokens = plan.total_rows * stage.sequence_length
-        flops = train_flops_per_token(model, stage.sequence_length)
-        if stage.objective in GATE_OBJECTIVES:
-            flops //= 3  # no backward pass through the frozen language model
+        flops = plan.flops_per_token(model)
         table.append(
             {
                 "stage": name,

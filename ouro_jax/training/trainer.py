@@ -15,7 +15,6 @@ import numpy as np
 from ouro_jax.config import Config, ConfigError, ModelConfig, Stage, to_dict
 from ouro_jax.data.embedded import SOURCES, build_embedded
 from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash
-from ouro_jax.model.flops import train_flops_per_token
 from ouro_jax.parallel.devices import peak_flops
 from ouro_jax.parallel.mesh import (
     batch_sharding,
@@ -223,7 +222,7 @@ class _StageRun:
         now, before = time.perf_counter(), self.clock
         self.clock = now
         batch_tokens = self.plan.batch_rows(position.rows - 1) * self.stage.sequence_length
-        flops = train_flops_per_token(position.model, self.stage.sequence_length)
+        flops = self.plan.flops_per_token(position.model)
         tokens_per_second = batch_tokens / (now - before) if before else None
         peak = peak_flops(self.spec.model.dtype)
         record = {
