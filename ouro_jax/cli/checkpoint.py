@@ -12,7 +12,7 @@ from ouro_jax.training.start import is_huggingface
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model's config and parameters, where its tokenizer lies (None: there is none), its stage."""
+    """A model, where its tokenizer lies (None: there is none), and the stage's name."""
 
     config: ModelConfig
     params: Any

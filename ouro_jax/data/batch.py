@@ -11,7 +11,6 @@ import numpy as np
 
 from ouro_jax.data.rows import Row
 
-
 Array = Any
 """np.ndarray as the host makes it, jax.Array once placed on devices."""
 
