@@ -15,9 +15,6 @@ class KVCache(struct.PyTreeNode):
     """Keys and values of every (loop, layer): loop t of a token attends to what loop t wrote.
 
     A slot holds all heads next to each other, so that a token's keys are one contiguous write.
-    XLA for TPU wants this order: given heads before slots it copied the whole cache into it and
-    back for every token (compiled for v5e: 3 GiB of temporaries for a 3 GiB cache).
-
     The arrays hold the bits of the numbers (uint16 for bfloat16): XLA for CPU has no update of a
     bfloat16 slice and would turn the whole cache into float32 and back for each (8 times slower).
     """
@@ -50,7 +47,9 @@ def write_and_read(
     """Writes `new_BLGK` at (loop, layer, row, positions_BL); returns the cache and its BSGK slot.
 
     The positions of a row follow each other, so a row is one slice; a loop over the rows keeps
-    every write a dynamic_update_slice, which XLA does in place.
+    every write a dynamic_update_slice, which XLA does in place. What is read has its layout pinned:
+    XLA for TPU otherwise carries the layout that the attention products like back to the cache, and
+    copies all of it there and back for every token (v5e: 3 GiB of temporaries for a 3 GiB cache).
     """
     new_bits_BLGK = jax.lax.bitcast_convert_type(new_BLGK, cache_TNBSGK.dtype)
 
