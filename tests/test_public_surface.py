@@ -32,6 +32,11 @@ def flags_of(verb):
     return sorted(line.split(":")[0] for line in lines if line.startswith("--"))
 
 
+def parameters_of(function):
+    parameters = inspect.signature(function).parameters.values()
+    return ", ".join(str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters)
+
+
 def surface():
     model = ModelConfig(8, 8, 8, 1, 1, 1, 8)
     stage = Stage(8, 8, 8, 1, 1, {"source": 1.0}, 1.0)
@@ -39,7 +44,7 @@ def surface():
     yield "# names of ouro_jax"
     for name in sorted(ouro_jax.__all__):
         thing = getattr(ouro_jax, name)
-        yield name if inspect.isclass(thing) else f"{name}{inspect.signature(thing)}"
+        yield name if inspect.isclass(thing) else f"{name}({parameters_of(thing)})"
     yield "# verbs and flags of ouro"
     for verb in VERBS:
         yield f"{verb}: {' '.join(flags_of(verb))}"

@@ -3,11 +3,13 @@
 Exit codes: 0 success, 2 a wrong config, flag or input, 1 anything else.
 """
 
+import itertools
 import json
 import runpy
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
@@ -73,6 +75,7 @@ def run_verb(main: Callable[[], Mapping[str, Any] | None], module: str) -> None:
 
 
 def _parse(argv: list[str]) -> None:
+    known = _dotted_keys(_config_of(argv)) if "config" in FLAGS else []
     try:
         surplus = FLAGS(argv)[1:]
     except flags.Error as error:
@@ -80,26 +83,42 @@ def _parse(argv: list[str]) -> None:
         if "invalid literal for int()" in str(error):
             hint = " Write whole numbers as 1000000 or 1_000_000."
         raise ConfigError(f"{error}{hint}") from error
-    except OSError as error:
-        raise ConfigError(f"--config: {error}") from error
     except (AttributeError, KeyError) as error:
-        raise ConfigError(_unknown_key(argv, error)) from error
+        raise ConfigError(_unknown_key(argv, known, error)) from error
     if surplus:
         raise ConfigError(f"{surplus[0]!r}: expected flags only, as in --name=value.")
 
 
-def _unknown_key(argv: list[str], error: Exception) -> str:
-    """ml_collections names only the last part of an unknown key; this finds all of it."""
-    files = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
-    if files:
-        path, _, variant = files[-1].partition(":")
+def _config_of(argv: list[str]) -> Mapping[str, Any]:
+    """What the file of `--config` makes, without overrides; empty if the flag is not there.
+
+    ml_collections runs the file too, but reports what goes wrong in it late and as a traceback.
+    """
+    values = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+    values += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    if not values:
+        return {}
+    path, _, variant = values[-1].partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--config={path}: no such file; e.g. --config=configs/tiny.py")
+    try:
         get_config = runpy.run_path(path)["get_config"]
-        known = _dotted_keys(get_config(variant) if variant else get_config())
-        for argument in argv:
-            if argument.startswith("--config."):
-                key = argument.removeprefix("--config.").split("=", 1)[0]
-                if key not in known:
-                    return f"Unknown config key {key!r}.{nearest(key, known)}"
+        return get_config(variant) if variant else get_config()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"--config={path}: not a readable config file ({type(error).__name__}: {error}); "
+            "expected Python with a function get_config, as in configs/tiny.py."
+        ) from error
+
+
+def _unknown_key(argv: list[str], known: list[str], error: Exception) -> str:
+    """ml_collections names only the last part of an unknown key; this finds all of it."""
+    for argument in argv:
+        key = argument.removeprefix("--config.").split("=", 1)[0]
+        if argument.startswith("--config.") and key not in known:
+            return f"Unknown config key {key!r}.{nearest(key, known)}"
     return f"--config: {error}"
 
 

@@ -79,7 +79,7 @@ def load_huggingface(
     tensors (all are named), and for config values that this model does not implement.
     """
     directory = Path(directory)
-    fields = _read_json(directory / CONFIG_FILE)
+    fields = read_json(directory / CONFIG_FILE)
     tensors = _stored_tensors(directory)
     embedding = tensors.get("model.embed_tokens.weight")
     dtype = DTYPES[embedding.dtype].name if embedding else None
@@ -185,7 +185,7 @@ def _read_leaf(leaf: _Leaf, tensors: Mapping[str, StoredTensor]) -> np.ndarray:
     return array
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
@@ -204,7 +204,7 @@ def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         return read_header(weights)
     if not index.exists():
         raise ConfigError(f"{directory}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ConfigError(f"{index}: weight_map: expected an object of tensor names and files.")
     tensors: dict[str, StoredTensor] = {}

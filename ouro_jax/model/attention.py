@@ -1,7 +1,7 @@
 """Causal attention over packed rows, and over a key/value cache.
 
 B batch, L query positions, S key positions or cache slots, H heads, G KV heads, K head width,
-R = H / G query heads per KV head.
+R = H / G query heads per KV head, Q = L · R queries of a KV head.
 """
 
 from collections.abc import Callable
@@ -47,16 +47,22 @@ def cached_attention(
 
 def _attend(q_BLHK, k_BSGK, v_BSGK, visible_BLS):
     batch, length, heads, width = q_BLHK.shape
-    groups = k_BSGK.shape[2]
+    slots, groups = k_BSGK.shape[1:3]
     precision = matmul_precision(q_BLHK.dtype)
+    # Positions and query heads as one axis: with two, the gradients of keys and values contract
+    # over both, and XLA for CPU transposes a copy of the scores for each. Positions come first,
+    # so that they may still be split over devices.
     q_BLGRK = q_BLHK.reshape(batch, length, groups, heads // groups, width)
-    scores_BGRLS = jnp.einsum(
-        "BLGRK,BSGK->BGRLS", q_BLGRK, k_BSGK,
+    q_BGQK = q_BLGRK.swapaxes(1, 2).reshape(batch, groups, -1, width)
+    scores_BGQS = jnp.einsum(
+        "BGQK,BSGK->BGQS", q_BGQK, k_BSGK,
         precision=precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
-    scores_BGRLS = scores_BGRLS * width**-0.5
-    visible = visible_BLS[:, None, None]
-    scores_BGRLS = jnp.where(visible, scores_BGRLS, jnp.finfo(jnp.float32).min)
-    weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1).astype(q_BLHK.dtype)
-    o_BLGRK = jnp.einsum("BGRLS,BSGK->BLGRK", weights_BGRLS, v_BSGK, precision=precision)
+    scores_BGLRS = (scores_BGQS * width**-0.5).reshape(batch, groups, length, -1, slots)
+    visible = visible_BLS[:, None, :, None]
+    scores_BGLRS = jnp.where(visible, scores_BGLRS, jnp.finfo(jnp.float32).min)
+    weights_BGLRS = jax.nn.softmax(scores_BGLRS, axis=-1).astype(q_BLHK.dtype)
+    weights_BGQS = weights_BGLRS.reshape(scores_BGQS.shape)
+    o_BGQK = jnp.einsum("BGQS,BSGK->BGQK", weights_BGQS, v_BSGK, precision=precision)
+    o_BLGRK = o_BGQK.reshape(batch, groups, length, -1, width).swapaxes(1, 2)
     return o_BLGRK.reshape(batch, length, heads, width)

@@ -37,10 +37,13 @@ def cross_entropy(
 
     @jax.checkpoint
     def chunk_loss(states_BCD, targets_BC):
-        logits_BCV = jnp.einsum(
-            "BCD,DV->BCV", states_BCD, head_DV,
+        # A product of matrices: over rows and positions apart, the head's gradient contracts two
+        # axes, and XLA for CPU transposes a copy of the logits' gradient for it.
+        logits = jnp.matmul(
+            states_BCD.reshape(-1, width), head_DV,
             precision=matmul_precision(head_DV.dtype), preferred_element_type=jnp.float32,
         )  # fmt: skip
+        logits_BCV = logits.reshape(*targets_BC.shape, -1)
         axes = ("act_batch", "act_length", "act_vocab")
         logits_BCV = nn.with_logical_constraint(logits_BCV, axes)
         target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]

@@ -5,6 +5,7 @@ optimizer, `tensor` heads, MLP width and vocabulary, `context` the sequence.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -75,18 +76,21 @@ def require_mesh() -> None:
         raise RuntimeError("call this inside `with use_mesh(mesh):`")
 
 
-def check_model_fits(model: ModelConfig, mesh: Mesh, key: str) -> None:
-    """Raises a ConfigError that names the parameter axis which a mesh axis does not divide."""
-    for mesh_axis, sizes in (
+def check_model_fits(model: ModelConfig, sequence_length: int, mesh: Mesh, key: str) -> None:
+    """Raises a ConfigError that names the size in the stage `key` which a mesh axis does not
+    divide."""
+    sizes = dataclasses.asdict(model) | {"sequence_length": sequence_length}
+    for mesh_axis, names in (
         ("tensor", ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")),
         ("fsdp", ("hidden_size",)),
+        ("context", ("sequence_length",)),
     ):
         parts = mesh.shape[mesh_axis]
-        for name in sizes:
-            if getattr(model, name) % parts:
+        for name in names:
+            if sizes[name] % parts:
                 raise ConfigError(
-                    f"mesh.{mesh_axis} = {parts} does not divide {name} = {getattr(model, name)} "
-                    f"of {key}; choose a divisor."
+                    f"mesh.{mesh_axis} = {parts} does not divide {name} = {sizes[name]} of {key}; "
+                    "choose a divisor."
                 )
 
 

@@ -6,7 +6,6 @@ killed between two stages goes on exactly as one that was not.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from ouro_jax.config import Config, ConfigError, ModelConfig, check_transition
-from ouro_jax.interop.huggingface import load_huggingface
+from ouro_jax.interop.huggingface import load_huggingface, read_json
 from ouro_jax.interop.huggingface_config import config_from_json
 from ouro_jax.training.checkpoints import (
     Position,
     StageCheckpoints,
     latest_stage,
     load_position,
+    stage_steps,
 )
 from ouro_jax.training.optimizer import GATE_OBJECTIVES
 from ouro_jax.training.state import StateFactory, TrainState
@@ -38,23 +38,40 @@ def is_huggingface(path: str | Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors*"))
 
 
-def check_init_from(config: Config) -> None:
-    """Raises a ConfigError if `init_from` cannot start the first stage; reads no arrays."""
-    if not config.init_from:
-        return
+def check_start(config: Config, workdir: Path) -> None:
+    """Raises a ConfigError if the checkpoints that the run would start from are of another model
+    than the config's: those in `workdir`, and `init_from` unless the run has left it behind.
+    Reads no arrays."""
+    for name, _ in config.stream():
+        folder = workdir / name
+        if stage_steps(folder):
+            model, theirs = config.stage_model(name), load_position(folder).model
+            _check_same(model, theirs, (*FIXED, "num_layers"), str(folder))
+    first = workdir / config.stream()[0][0]
+    if config.init_from and not stage_steps(first):
+        _check_init_from(config)
+
+
+def _check_init_from(config: Config) -> None:
     name, stage = config.stream()[0]
     if is_huggingface(config.init_from):
         source = _huggingface_config(config.init_from)
     else:
         source = load_position(config.init_from).model
-    for field in FIXED:
-        ours, theirs = getattr(config.model, field), getattr(source, field)
-        if ours != theirs:
-            raise ConfigError(
-                f"model.{field} = {ours}, but init_from = {config.init_from!r} has {theirs}; "
-                "make them equal."
-            )
+    _check_same(config.model, source, FIXED, f"init_from = {config.init_from!r}")
     check_transition(stage.transition, source.num_layers, stage.num_layers, f"stages.{name}")
+
+
+def _check_same(
+    model: ModelConfig, theirs: ModelConfig, fields: tuple[str, ...], where: str
+) -> None:
+    for field in fields:
+        ours, other = getattr(model, field), getattr(theirs, field)
+        if ours != other:
+            raise ConfigError(
+                f"model.{field} = {ours}, but {where} has {other}; make them equal, or choose "
+                "another workdir or init_from."
+            )
 
 
 def fresh_state(factory: StateFactory, config: Config, name: str) -> tuple[TrainState, Position]:
@@ -119,7 +136,7 @@ def _from_huggingface(folder: str | Path, config: Config, mesh: Mesh) -> tuple[P
 
 def _huggingface_config(folder: str | Path) -> ModelConfig:
     file = Path(folder) / "config.json"
-    return config_from_json(json.loads(file.read_text()), None, str(file))
+    return config_from_json(read_json(file), None, str(file))
 
 
 def _without_optimizer(params: Any, factory: StateFactory, seed: int) -> TrainState:

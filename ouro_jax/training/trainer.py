@@ -28,7 +28,7 @@ from ouro_jax.training.curriculum import StagePlan, microbatch_rows
 from ouro_jax.training.evaluation import evaluate, ngram_baselines, open_stage_mixture, place
 from ouro_jax.training.progress import Progress
 from ouro_jax.training.run_log import RunLog
-from ouro_jax.training.start import check_init_from, fresh_state, is_huggingface, state_from
+from ouro_jax.training.start import check_start, fresh_state, is_huggingface, state_from
 from ouro_jax.training.state import StateFactory, TrainState
 from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
 
@@ -71,8 +71,13 @@ class _Run:
             self.microbatch_rows[plan.name] = microbatch_rows(
                 plan, batch_shards(self.mesh), config.layout.microbatch_rows
             )
-            check_model_fits(config.stage_model(plan.name), self.mesh, f"stages.{plan.name}")
-        check_init_from(config)
+            check_model_fits(
+                config.stage_model(plan.name), plan.stage.sequence_length, self.mesh,
+                f"stages.{plan.name}",
+            )  # fmt: skip
+        if workdir.exists() and not workdir.is_dir():
+            raise ConfigError(f"--workdir={workdir}: this is a file; name a folder.")
+        check_start(config, workdir)
         self.data_root = prepare_data(config)
         for plan in self.plans:
             open_stage_mixture(config, self.data_root, plan)
