@@ -62,9 +62,9 @@ def _full() -> Config:
             120_000, num_loops=8, mixture=STABLE, learning_rate=3e-3, warmup_tokens=20_000,
             entropy_weight=0.5, batch_ramp=((30_000, 512),),
         ),
-        "stable_1b": stage(400_000, mixture=STABLE, learning_rate=3e-3),
+        "stable_1b": stage(350_000, mixture=STABLE, learning_rate=3e-3),
         "anneal": stage(
-            400_000, sequence_length=256, rope_theta=40_000.0, mixture=ANNEAL, schedule="cosine",
+            350_000, sequence_length=256, rope_theta=40_000.0, mixture=ANNEAL, schedule="cosine",
             learning_rate=3e-3, final_learning_rate=3e-4,
         ),
         "long_context": stage(
@@ -110,7 +110,7 @@ def _full() -> Config:
 def _fork(config: Config) -> Config:
     """Twice the layers from the full run's stable_1a, and a short stable_1b."""
     stable_1b = dataclasses.replace(
-        config.stages["stable_1b"], tokens=100_000, num_layers=2 * LAYERS,
+        config.stages["stable_1b"], tokens=60_000, num_layers=2 * LAYERS,
         transition="upcycle_stacked",
     )  # fmt: skip
     return dataclasses.replace(

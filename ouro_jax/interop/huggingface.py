@@ -186,6 +186,7 @@ def _read_leaf(leaf: _Leaf, tensors: Mapping[str, StoredTensor]) -> np.ndarray:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ConfigError naming the file if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
