@@ -111,8 +111,8 @@ def microbatch_rows(plan: StagePlan, shards: int, requested: int) -> int:
         if rows % shards:
             raise ConfigError(
                 f"{key}.batch_tokens: a batch of {rows} rows of {plan.stage.sequence_length} "
-                f"tokens does not divide over {shards} devices; make it a multiple of "
-                f"{shards * plan.stage.sequence_length:,} tokens."
+                f"tokens does not divide over {shards} devices (mesh.slice × data × fsdp); make "
+                f"it a multiple of {shards * plan.stage.sequence_length:,} tokens."
             )
         if requested and (rows // shards) % requested:
             raise ConfigError(

@@ -85,8 +85,8 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch, inputs: StepInp
     params = with_trained_part(state.params, optax.apply_updates(trained, updates))
     metrics = sums.means() | {
         "num_tokens": sums.num_tokens,
-        "grad_norm": optax.global_norm(gradients),
-        "grad_norms": {name: optax.global_norm(g) for name, g in _groups(gradients).items()},
+        "grad_norm": optax.tree.norm(gradients),
+        "grad_norms": {name: optax.tree.norm(g) for name, g in _groups(gradients).items()},
     }
     return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 

@@ -236,4 +236,4 @@ def test_a_packed_row_is_worth_what_its_documents_are_worth_alone():
     assert packed["expected"].num_tokens == sum(lengths) - 3
     assert_same_sums(packed, sums)
     difference = jax.tree.map(jnp.subtract, packed_gradient, gradient)
-    assert optax.global_norm(difference) <= 1e-5 * optax.global_norm(gradient)
+    assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(gradient)

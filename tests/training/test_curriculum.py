@@ -135,7 +135,7 @@ def test_batches_that_do_not_divide_are_refused_with_the_way_out():
         microbatch_rows(plan(), 4, 0)
     text = str(error.value)
     assert "stages.anneal.batch_tokens" in text and "10 rows of 10 tokens" in text
-    assert "over 4 devices" in text and "a multiple of 40 tokens" in text
+    assert "over 4 devices (mesh" in text and "a multiple of 40 tokens" in text
     with pytest.raises(ConfigError, match="2 rows of 10 tokens"):
         microbatch_rows(plan(batch_ramp=((300, 20),)), 5, 0)
     with pytest.raises(ConfigError) as error:

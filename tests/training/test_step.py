@@ -45,9 +45,8 @@ def ten_steps(mesh_config, num_devices, microbatches, objective="expected", mode
     start = jax.device_get(state.params)
     history, compiled = [], 0
     with use_mesh(mesh):
-        for number, batch in enumerate(batches(microbatches)):
+        for batch in batches(microbatches):
             batch = jax.device_put(batch, batch_sharding(mesh, microbatched=True))
-            # Rates of a warm-up: no value of theirs may compile anew.
             inputs = StepInputs(*map(np.float32, (1e-3, 0.1, 0.05, 1e4)))
             state, metrics = step(state, batch, inputs)
             history.append(jax.device_get(metrics))

@@ -1,0 +1,288 @@
+"""Whole runs of the trainer: killed and continued, repeated, forked, converted and read back."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from micro_run import BATCH, command, micro_config, ouro, write_config
+
+import ouro_jax
+from ouro_jax.cli.checkpoint import open_checkpoint
+from ouro_jax.config import DataConfig, MeshConfig
+from ouro_jax.data.tokenizer import load_tokenizer
+from ouro_jax.parallel.mesh import make_mesh
+from ouro_jax.training import trainer
+from ouro_jax.training.checkpoints import StageCheckpoints, load_params, load_position
+from ouro_jax.training.run_log import read_log
+from ouro_jax.training.state import StateFactory
+from ouro_jax.training.transitions import upcycle
+
+# The batch ramp of stable_1a: 4 steps of half a batch, then 14 whole ones.
+FIRST_STEPS = 18
+STAGE_STEPS = {"stable_1a": FIRST_STEPS, "stable_1b": FIRST_STEPS + 80, "gate": FIRST_STEPS + 88}
+TIMES = {"time", "tokens_per_second", "peak_share"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("trainer")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    """The micro run, its data made already and read as any prepared data."""
+    config = micro_config(folder / "data")
+    root = trainer.prepare_data(config)
+    return dataclasses.replace(config, data=DataConfig(root=str(root)))
+
+
+@pytest.fixture(scope="module")
+def config_file(config, folder):
+    return write_config(folder / "micro.py", config)
+
+
+@pytest.fixture(scope="module")
+def compile_once(folder):
+    """Processes that run the same programs read them from a folder: 28 s of compilation to 8."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+def train_records(workdir: Path) -> list[dict]:
+    """What was logged of training, less the times."""
+    return [
+        {key: value for key, value in record.items() if key not in TIMES}
+        for record in read_log(workdir) if record["kind"] == "train"
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(config_file, folder, compile_once):
+    """The workdir of a run killed in the middle of its second stage, and how far it got."""
+    workdir = folder / "killed"
+    arguments = command("train", f"--config={config_file}", f"--workdir={workdir}")
+    with (folder / "killed.log").open("w") as output:
+        process = subprocess.Popen(**arguments, stdout=output, stderr=subprocess.STDOUT)
+    while not (workdir / "metrics.jsonl").exists() or len(train_records(workdir)) < 50:
+        assert process.poll() is None, (folder / "killed.log").read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return workdir, train_records(workdir)[-1]["step"]
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, folder, compile_once):
+    """The workdir of the same run, uninterrupted."""
+    result = ouro("train", f"--config={config_file}", f"--workdir={folder}/finished")
+    assert result.returncode == 0, result.stderr
+    return folder / "finished"
+
+
+def whole_state(workdir: Path, stage: str):
+    position = load_position(workdir / stage)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = micro_config(Path()).optimizer
+    factory = StateFactory(position.model, optimizer, position.objective, mesh)
+    with StageCheckpoints(workdir / stage, read_only=True) as checkpoints:
+        return position, checkpoints.restore(factory.abstract(), position.step)
+
+
+def assert_same_bits(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_killed_run_repeated_ends_bit_for_bit_as_an_uninterrupted_one(
+    config_file, killed, finished, compile_once
+):
+    workdir, last_step = killed
+    assert FIRST_STEPS < last_step < STAGE_STEPS["stable_1b"]
+    saved = load_position(workdir)
+    assert saved.stage == "stable_1b" and FIRST_STEPS < saved.step < STAGE_STEPS["stable_1b"]
+    assert len(train_records(finished)) == STAGE_STEPS["gate"]
+
+    result = ouro("train", f"--config={config_file}", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert f"stable_1a: finished at step {FIRST_STEPS}" in result.stdout
+    resumed = [record for record in read_log(workdir) if record.get("event") == "resume"]
+    assert [(record["stage"], record["step"]) for record in resumed] == [("stable_1b", saved.step)]
+    for stage, step in STAGE_STEPS.items():
+        position, state = whole_state(workdir, stage)
+        expected_position, expected = whole_state(finished, stage)
+        assert position == expected_position and position.step == step == state.step
+        assert_same_bits(state, expected)
+    assert train_records(workdir) == train_records(finished)
+    heldout = [[{k: v for k, v in record.items() if k != "time"} for record in read_log(path)
+                if record["kind"] == "heldout"] for path in (workdir, finished)]  # fmt: skip
+    assert heldout[0] == heldout[1] and len(heldout[0]) == 9
+
+
+def test_a_finished_run_repeated_says_so_and_trains_nothing(config_file, finished):
+    log = (finished / "metrics.jsonl").read_bytes()
+    result = ouro("train", f"--config={config_file}", f"--workdir={finished}", "--json")
+    assert result.returncode == 0, result.stderr
+    for stage, step in STAGE_STEPS.items():
+        assert f"{stage}: finished at step {step}." in result.stdout
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "workdir": str(finished), "finished": True, "stage": "gate", "step": STAGE_STEPS["gate"],
+        "tokens": 104 * BATCH,
+    }  # fmt: skip
+    assert (finished / "metrics.jsonl").read_bytes() == log
+
+
+def test_the_log_follows_the_clock(finished):
+    records = read_log(finished)
+    events = [(r["event"], r["stage"], r["step"]) for r in records if r["kind"] == "event"]
+    expected = []
+    for (stage, end), start in zip(STAGE_STEPS.items(), (0, *STAGE_STEPS.values()), strict=False):
+        expected += [("stage_start", stage, start), ("stage_end", stage, end)]
+    assert events == [*expected, ("finished", "gate", STAGE_STEPS["gate"])]
+    training = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in training] == list(range(1, STAGE_STEPS["gate"] + 1))
+    sizes = [record["batch_tokens"] for record in training]
+    assert sizes == [BATCH // 2] * 4 + [BATCH] * (STAGE_STEPS["gate"] - 4)
+    assert [record["tokens"] for record in training] == np.cumsum(sizes).tolist()
+    # Warm-up over four batches of tokens, reached after 4 half and 2 whole steps.
+    rates = np.array([record["learning_rate"] for record in training[:7]])
+    np.testing.assert_allclose(rates / rates[-1], np.array([1, 2, 3, 4, 6, 8, 8]) / 8, rtol=1e-6)
+    assert training[-1]["loss_per_loop"][-1] < training[0]["loss_per_loop"][-1] - 0.5
+
+
+def starts(config, workdir, monkeypatch) -> list[tuple]:
+    """(position, state) that each stage would train from; nothing is trained."""
+    begun = []
+
+    class Recorder:
+        def __init__(self, run, plan, checkpoints, state, position):
+            begun.append((position, state))
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr(trainer, "_StageRun", Recorder)
+    monkeypatch.setattr(trainer._Run, "finish", lambda self: {})
+    trainer.train(config, workdir)
+    return begun
+
+
+def only(config, name, init_from, **changes):
+    """A run of one stage, on 2 × 2 × 2 devices."""
+    stages = {name: dataclasses.replace(config.stages[name], **changes)}
+    mesh = MeshConfig(fsdp=2, tensor=2)
+    return dataclasses.replace(config, stages=stages, mesh=mesh, init_from=str(init_from))
+
+
+def test_a_fork_takes_parameters_and_moments_through_its_transition(
+    config, finished, tmp_path, monkeypatch
+):
+    source = finished / "stable_1a"
+    fork = only(config, "stable_1b", source, transition="upcycle_interleaved")
+    ((position, state),) = starts(fork, tmp_path / "fork", monkeypatch)
+    before, old = whole_state(finished, "stable_1a")
+    assert (position.stage, position.step, position.rows) == ("stable_1b", FIRST_STEPS, 0)
+    assert position.tokens_seen == before.tokens_seen == 16 * BATCH
+    assert (position.model.num_layers, before.model.num_layers) == (2, 1)
+    assert_same_bits(state.params, upcycle(old.params, 2, "upcycle_interleaved"))
+    assert_same_bits(state.opt_state, upcycle(old.opt_state, 2, "upcycle_interleaved"))
+    assert optax.tree.norm(optax.tree.get(state.opt_state, "mu")) > 0
+    assert_same_bits((state.step, state.rng), (old.step, old.rng))
+
+    anew = only(fork, "stable_1b", source, reset_optimizer=True)
+    ((_, state),) = starts(anew, tmp_path / "anew", monkeypatch)
+    assert_same_bits(state.params, upcycle(old.params, 2, "upcycle_interleaved"))
+    assert not optax.tree.norm(optax.tree.get(state.opt_state, "mu"))
+    assert optax.tree.get(state.opt_state, "count") == 0
+
+    # A workdir means its last stage; after a gate stage there are no moments to take over.
+    last = only(config, "stable_1b", finished, transition="none")
+    ((position, state),) = starts(last, tmp_path / "last", monkeypatch)
+    assert position.step == STAGE_STEPS["gate"]
+    assert_same_bits(state.params, whole_state(finished, "gate")[1].params)
+    assert optax.tree.get(state.opt_state, "count") == 0
+
+
+def test_a_fork_trains_on_another_mesh(config, finished, tmp_path):
+    fork = only(config, "stable_1b", finished / "stable_1a", tokens=4 * BATCH)
+    summary = trainer.train(fork, tmp_path)
+    assert (summary["step"], summary["tokens"]) == (FIRST_STEPS + 4, 20 * BATCH)
+    # The uninterrupted run took the same first steps on one device.
+    ours, theirs = train_records(tmp_path), train_records(finished)[FIRST_STEPS:][:4]
+    np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def exported(finished, folder):
+    """The finished run as a folder in the Hugging Face format, by the verb."""
+    result = ouro("convert", f"--from={finished}", f"--to={folder}/exported")
+    assert result.returncode == 0, result.stderr
+    return folder / "exported"
+
+
+def test_what_was_trained_and_converted_generates_the_same(finished, exported):
+    trained, converted = open_checkpoint(finished), open_checkpoint(exported)
+    assert_same_bits(trained.params, converted.params)
+    # How embeddings were initialised is no field of the format.
+    trained_shape, converted_shape = (
+        dataclasses.replace(one.config, embedding_initializer_range=1.0)
+        for one in (trained, converted)
+    )
+    assert trained_shape == converted_shape
+    tokenizer = load_tokenizer(converted.tokenizer_file)
+    assert converted.tokenizer_file.read_bytes() == trained.tokenizer_file.read_bytes()
+    prompts = [tokenizer.encode(text).ids for text in ("def main(", "The ")]
+    answers = [
+        ouro_jax.generate(checkpoint.config, checkpoint.params, prompts, max_new_tokens=12)
+        for checkpoint in (trained, converted)
+    ]
+    assert answers[0].tokens == answers[1].tokens and answers[0].depths == answers[1].depths
+    assert all(len(tokens) == 12 for tokens in answers[0].tokens)
+
+
+def test_the_order_of_starts(config, finished, exported, tmp_path, monkeypatch):
+    """Own checkpoint before the previous stage before `init_from` before nothing."""
+    longer = only(config, "stable_1b", exported, tokens=90 * BATCH, transition="none")
+    own = tmp_path / "own"
+    shutil.copytree(finished / "stable_1b", own / "stable_1b")
+    ((position, state),) = starts(longer, own, monkeypatch)
+    expected, saved = whole_state(finished, "stable_1b")
+    assert position == expected and position.rows == 80 * 8
+    assert_same_bits(state, saved)
+    # What the run has left behind may be gone.
+    gone = dataclasses.replace(longer, init_from=str(tmp_path / "gone"))
+    assert starts(gone, own, monkeypatch)[0][0] == expected
+
+    previous = tmp_path / "previous"
+    shutil.copytree(finished / "stable_1b", previous / "stable_1b")
+    later = dataclasses.replace(config, first_stage="stable_1b", init_from=str(exported), stages={
+        "stable_1b": dataclasses.replace(config.stages["stable_1b"], transition="none"),
+        "gate": config.stages["gate"],
+    })  # fmt: skip
+    ((position, state),) = starts(later, previous, monkeypatch)
+    assert (position.stage, position.step) == ("gate", STAGE_STEPS["stable_1b"])
+    assert_same_bits(state.params, saved.params)
+
+    ((position, state),) = starts(longer, tmp_path / "released", monkeypatch)
+    assert (position.step, position.tokens_seen, position.stage) == (0, 0, "stable_1b")
+    assert_same_bits(state.params, load_params(finished)[1])
+    assert optax.tree.get(state.opt_state, "count") == 0 and int(state.step) == 0
+
+    fresh = dataclasses.replace(longer, init_from="")
+    ((position, state),) = starts(fresh, tmp_path / "fresh", monkeypatch)
+    assert (position.step, position.stage) == (0, "stable_1b")
+    table = np.asarray(state.params["lm_head"]["kernel"])
+    assert abs(table.std() - fresh.model.initializer_range) < 0.1 * fresh.model.initializer_range
+    ((_, again),) = starts(fresh, tmp_path / "again", monkeypatch)
+    assert_same_bits(again, state)
+    ((_, other),) = starts(dataclasses.replace(fresh, seed=1), tmp_path / "other", monkeypatch)
+    assert not np.array_equal(np.asarray(other.params["lm_head"]["kernel"]), table)
