@@ -30,92 +30,46 @@ MILLION, BILLION, TRILLION = 2**20, 10**9, 10**12
 
 def get_stages(num_layers: int) -> dict[str, Stage]:
     """The paper's stages for a model of `num_layers`; stable_1a is trained with 24."""
+
+    def stage(tokens: int, sequence_length: int, rope_theta: float, mixture: str, **rest) -> Stage:
+        return Stage(
+            tokens=tokens,
+            sequence_length=sequence_length,
+            rope_theta=rope_theta,
+            mixture=MIXTURES[mixture],
+            **({"num_layers": num_layers, "num_loops": 4, "batch_tokens": 8 * MILLION} | rest),
+        )
+
+    ramp = (
+        (100 * BILLION, 4 * MILLION),
+        (200 * BILLION, 5 * MILLION),
+        (300 * BILLION, 6 * MILLION),
+        (400 * BILLION, 7 * MILLION),
+    )
     return {
-        "stable_1a": Stage(
-            tokens=3 * TRILLION,
-            sequence_length=4096,
-            batch_tokens=8 * MILLION,
-            batch_ramp=(
-                (100 * BILLION, 4 * MILLION),
-                (200 * BILLION, 5 * MILLION),
-                (300 * BILLION, 6 * MILLION),
-                (400 * BILLION, 7 * MILLION),
-            ),
-            num_layers=24,
-            num_loops=8,
-            mixture=MIXTURES["STABLE"],
-            learning_rate=3e-4,
-            warmup_tokens=8 * BILLION,
-            entropy_weight=0.1,
+        "stable_1a": stage(
+            3 * TRILLION, 4096, 1e4, "STABLE", num_layers=24, num_loops=8, entropy_weight=0.1,
+            batch_ramp=ramp, warmup_tokens=8 * BILLION, learning_rate=3e-4,
         ),
-        "stable_1b": Stage(
-            tokens=3 * TRILLION,
-            sequence_length=4096,
-            batch_tokens=8 * MILLION,
-            num_layers=num_layers,
-            num_loops=4,
-            mixture=MIXTURES["STABLE"],
-            learning_rate=3e-4,
+        "stable_1b": stage(3 * TRILLION, 4096, 1e4, "STABLE", learning_rate=3e-4),
+        "anneal": stage(
+            1400 * BILLION, 16_384, 4e4, "ANNEAL",
+            schedule="cosine", learning_rate=3e-4, final_learning_rate=3e-5,
         ),
-        "anneal": Stage(
-            tokens=1400 * BILLION,
-            sequence_length=16_384,
-            batch_tokens=8 * MILLION,
-            num_layers=num_layers,
-            num_loops=4,
-            rope_theta=40_000.0,
-            mixture=MIXTURES["ANNEAL"],
-            schedule="cosine",
-            learning_rate=3e-4,
-            final_learning_rate=3e-5,
+        "long_context": stage(20 * BILLION, 65_536, 1e6, "LONG_CONTEXT", learning_rate=3e-5),
+        "mid_training": stage(
+            300 * BILLION, 32_768, 1e6, "MID_TRAINING",
+            schedule="cosine", learning_rate=3e-5, final_learning_rate=1e-5,
         ),
-        "long_context": Stage(
-            tokens=20 * BILLION,
-            sequence_length=65_536,
-            batch_tokens=8 * MILLION,
-            num_layers=num_layers,
-            num_loops=4,
-            rope_theta=1_000_000.0,
-            mixture=MIXTURES["LONG_CONTEXT"],
-            learning_rate=3e-5,
+        "sft": stage(
+            100 * BILLION, 32_768, 1e6, "SFT", batch_tokens=1 * MILLION,
+            schedule="cosine", learning_rate=2e-5, reset_optimizer=True,
         ),
-        "mid_training": Stage(
-            tokens=300 * BILLION,
-            sequence_length=32_768,
-            batch_tokens=8 * MILLION,
-            num_layers=num_layers,
-            num_loops=4,
-            rope_theta=1_000_000.0,
-            mixture=MIXTURES["MID_TRAINING"],
-            schedule="cosine",
-            learning_rate=3e-5,
-            final_learning_rate=1e-5,
+        "gate": stage(
+            1 * BILLION, 4096, 1e6, "ANNEAL", batch_tokens=1 * MILLION,
+            objective="gate", learning_rate=1e-4, weight_decay=0.0,
         ),
-        "sft": Stage(
-            tokens=100 * BILLION,
-            sequence_length=32_768,
-            batch_tokens=1 * MILLION,
-            num_layers=num_layers,
-            num_loops=4,
-            rope_theta=1_000_000.0,
-            mixture=MIXTURES["SFT"],
-            schedule="cosine",
-            learning_rate=2e-5,
-            reset_optimizer=True,
-        ),
-        "gate": Stage(
-            tokens=1 * BILLION,
-            sequence_length=4096,
-            batch_tokens=1 * MILLION,
-            num_layers=num_layers,
-            num_loops=4,
-            rope_theta=1_000_000.0,
-            mixture=MIXTURES["ANNEAL"],
-            objective="gate",
-            learning_rate=1e-4,
-            weight_decay=0.0,
-        ),
-    }
+    }  # fmt: skip
 
 
 def get_model(num_layers: int) -> ModelConfig:

@@ -1,13 +1,12 @@
 """What all verbs share: parsing, exit codes, `--help`, `--json`, reading the config flag.
 
-Exit codes: 0 success, 2 a wrong config, flag or input, 1 anything else.
+Exit codes: 0 success, 2 a wrong config, flag or input, 1 anything else (with its traceback).
 """
 
 import itertools
 import json
 import runpy
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,6 @@ def run_verb(main: Callable[[], Mapping[str, Any] | None], module: str) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
     if FLAGS.json and result is not None:
         print(json.dumps(result))
     sys.exit(0)
