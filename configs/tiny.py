@@ -128,7 +128,7 @@ def _smoke(config: Config) -> Config:
     def shorten(name: str, stage: Stage) -> Stage:
         length = 128 if name == "long_context" else 64
         return dataclasses.replace(
-            stage, tokens=8 * 512, sequence_length=length, batch_tokens=512,
+            stage, tokens=8 * 512, sequence_length=length, batch_tokens=8 * length,
             warmup_tokens=1024 if name == "stable_1a" else 0,
             batch_ramp=(),
             num_layers=1 if name == "stable_1a" else 2,
