@@ -5,12 +5,14 @@ Every parameter and activation carries logical axis names; what they mean on a m
 by the rules of `ouro_jax.parallel`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ouro_jax.config import ModelConfig
 from ouro_jax.model.attention import Attention, cached_attention, matmul_precision
@@ -44,6 +46,35 @@ class RMSNorm(nn.Module):
         return x32.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def project(equation: str, x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The einsum of `x` and `kernel` in `dtype`, with the kernel's gradient as x times cotangent.
+
+    JAX's own rule multiplies the other way round and transposes the product; XLA for CPU makes
+    of that a transposed copy of the cotangent (the widest array of the layer) and a product at
+    half speed: 1.6 s of a training step of 7.6 s. Reverse mode only.
+    """
+    precision = matmul_precision(x.dtype)
+    return jnp.einsum(equation, x, kernel, precision=precision, preferred_element_type=dtype)
+
+
+def _project_forward(equation, x, kernel, dtype):
+    return project(equation, x, kernel, dtype), (x, kernel)
+
+
+def _project_backward(equation, dtype, saved, cotangent):
+    x, kernel = saved
+    operands, result = equation.split("->")
+    x_axes, kernel_axes = operands.split(",")
+    precision = matmul_precision(x.dtype)
+    dx = jnp.einsum(f"{result},{kernel_axes}->{x_axes}", cotangent, kernel, precision=precision)
+    dkernel = jnp.einsum(f"{x_axes},{result}->{kernel_axes}", x, cotangent, precision=precision)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 class Projection(nn.Module):
     """A bias-free linear map by einsum; its kernel has the shape and axis names given."""
 
@@ -56,9 +87,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.stddev)
         kernel = parameter(self, "kernel", init, self.axes, self.shape)
-        return jnp.einsum(
-            self.equation, x, kernel.astype(x.dtype), precision=matmul_precision(x.dtype)
-        )
+        return project(self.equation, x, kernel.astype(x.dtype), x.dtype)
 
 
 def rotary_angles(

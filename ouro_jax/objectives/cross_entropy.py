@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ouro_jax.model.attention import matmul_precision
+from ouro_jax.model.layers import project
 
 
 def cross_entropy(
@@ -37,13 +37,7 @@ def cross_entropy(
 
     @jax.checkpoint
     def chunk_loss(states_BCD, targets_BC):
-        # A product of matrices: over rows and positions apart, the head's gradient contracts two
-        # axes, and XLA for CPU transposes a copy of the logits' gradient for it.
-        logits = jnp.matmul(
-            states_BCD.reshape(-1, width), head_DV,
-            precision=matmul_precision(head_DV.dtype), preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        logits_BCV = logits.reshape(*targets_BC.shape, -1)
+        logits_BCV = project("BCD,DV->BCV", states_BCD, head_DV, jnp.float32)
         axes = ("act_batch", "act_length", "act_vocab")
         logits_BCV = nn.with_logical_constraint(logits_BCV, axes)
         target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
