@@ -23,7 +23,7 @@ from ouro_jax.parallel.mesh import (
     make_mesh,
     use_mesh,
 )
-from ouro_jax.training.checkpoints import Position, StageCheckpoints
+from ouro_jax.training.checkpoints import Position, StageCheckpoints, stage_steps
 from ouro_jax.training.curriculum import StagePlan, microbatch_rows
 from ouro_jax.training.evaluation import evaluate, ngram_baselines, open_stage_mixture, place
 from ouro_jax.training.progress import Progress
@@ -295,9 +295,10 @@ def _check_tokenizer(config: Config, data_root: Path) -> None:
         )
     if not config.init_from or is_huggingface(config.init_from):
         return
-    # `init_from` is a workdir or a stage in it; the tokenizer lies in the workdir.
+    # A run's tokenizer lies in its workdir, a converted checkpoint's in its own folder.
     origin = Path(config.init_from)
-    for theirs in (origin / "tokenizer.json", origin.parent / "tokenizer.json"):
+    workdir = origin.parent if stage_steps(origin) else origin
+    for theirs in (origin / "tokenizer.json", workdir / "tokenizer.json"):
         if theirs.is_file() and tokenizer_hash(theirs) != tokenizer_hash(path):
             raise ConfigError(
                 f"init_from = {config.init_from!r} was trained with {theirs}, which differs from "
@@ -306,6 +307,5 @@ def _check_tokenizer(config: Config, data_root: Path) -> None:
 
 
 def _remat(policy: str) -> str:
-    """`auto` recomputes layers: free or faster on every device measured, at an 8th of the memory
-    (and the training of one layer's activations at a time)."""
+    """`auto` recomputes layers: inside scans that costs no time on CPU, at an 8th of the memory."""
     return "layer" if policy == "auto" else policy
