@@ -19,6 +19,7 @@ What the paper leaves open, and what stands here:
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -32,12 +33,15 @@ def get_stages(num_layers: int) -> dict[str, Stage]:
     """The paper's stages for a model of `num_layers`; stable_1a is trained with 24."""
 
     def stage(tokens: int, sequence_length: int, rope_theta: float, mixture: str, **rest) -> Stage:
+        usual: dict[str, Any] = {
+            "num_layers": num_layers, "num_loops": 4, "batch_tokens": 8 * MILLION,
+        }  # fmt: skip
         return Stage(
             tokens=tokens,
             sequence_length=sequence_length,
             rope_theta=rope_theta,
             mixture=MIXTURES[mixture],
-            **({"num_layers": num_layers, "num_loops": 4, "batch_tokens": 8 * MILLION} | rest),
+            **(usual | rest),
         )
 
     ramp = (
