@@ -17,7 +17,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 .venv/installed: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,4 +26,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs data/tiny data/tiny_smoke
+	rm -rf .venv data/tiny data/tiny_smoke

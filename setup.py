@@ -34,7 +34,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",  # the tests, on both cores
         "hypothesis>=6.100",  # property tests
         "ruff>=0.9",  # lint and format
-        "pyright>=1.1.390",  # types
+        "pyright[nodejs]>=1.1.390",  # types; with the interpreter it runs on
     ],
 }
 
