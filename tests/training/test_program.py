@@ -66,28 +66,28 @@ def test_further_loops_cost_boundary_states_and_no_code(remat):
     for num_loops in (4, 8):
         temporaries, text, instructions = measure(num_loops, remat)
         assert 0 < temporaries - base <= (num_loops - 2) * states * state_bytes
-        assert text == pytest.approx(base_text, rel=0.1)
-        assert instructions == pytest.approx(base_instructions, rel=0.1)
+        # Of the 10 % allowed: the text differs by names, the compiled program not at all.
+        assert text == pytest.approx(base_text, rel=0.02)
+        assert instructions == pytest.approx(base_instructions, rel=0.02)
     # Eight loops hold less than three loops' logits: a chunk's, and gradients of head and table.
     assert temporaries < 3 * ROWS * LENGTH * MODEL.vocab_size * 4
 
 
 def test_compile_time_does_not_depend_on_the_loops():
-    """Tracing, lowering and compiling for 8 loops takes at most 1.1 × the time for 2.
+    """Tracing, lowering and compiling for 8 loops takes 1.1 × the time for 2, plus 0.5 s of noise.
 
-    Processor seconds, since others may use the machine; the minimum over alternating rounds, and
-    as many rounds as the minima need to settle: a program that really took longer, as an unrolled
-    one does (4 ×), would fail after any number of them.
+    Processor seconds, the minimum of three alternating rounds. On two busy cores the minima of one
+    and the same program, some 4 s, were up to 6 % apart, and once 11 % for 8 loops against 2: the
+    clock alone cannot decide on 10 %. The number of instructions, above, can; this catches what
+    that does not see. Unrolled loops take 1.4 × and fail.
     """
-    best = {2: float("inf"), 8: float("inf")}
-    for rounds in range(1, 9):
-        for num_loops in best:
+    seconds = {2: [], 8: []}
+    for _ in range(3):
+        for num_loops, taken in seconds.items():
             start = time.process_time()
             lower_gradient(num_loops, vocab_size=512).compile()
-            best[num_loops] = min(best[num_loops], time.process_time() - start)
-        if rounds >= 3 and best[8] <= 1.1 * best[2]:
-            return
-    pytest.fail(f"processor seconds by number of loops: {best}")
+            taken.append(time.process_time() - start)
+    assert min(seconds[8]) <= 1.1 * min(seconds[2]) + 0.5, seconds
 
 
 @pytest.mark.parametrize("num_layers, count", [(24, 1_434_652_673), (48, 2_667_974_657)])
