@@ -33,11 +33,13 @@ def cross_entropy(
     states = states.reshape(loops, batch, num_chunks, chunk, width).swapaxes(1, 2)
     targets_BL = jnp.pad(targets_BL, ((0, 0), (0, padding)))
     targets_SBC = targets_BL.reshape(batch, num_chunks, chunk).swapaxes(0, 1)
-    head_DV = head_DV.astype(states_TBLD.dtype)
 
     @jax.checkpoint
     def chunk_loss(states_BCD, targets_BC):
-        logits_BCV = project("BCD,DV->BCV", states_BCD, head_DV, jnp.float32)
+        # Cast here and not once outside, so that the head's gradient is summed over the chunks in
+        # the head's own dtype: hundreds of sums in bfloat16 would lose most of it.
+        head = head_DV.astype(states_BCD.dtype)
+        logits_BCV = project("BCD,DV->BCV", states_BCD, head, jnp.float32)
         axes = ("act_batch", "act_length", "act_vocab")
         logits_BCV = nn.with_logical_constraint(logits_BCV, axes)
         target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]

@@ -46,13 +46,13 @@ class StateFactory:
         """Shapes, dtypes and shardings of the state; nothing is allocated."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(self._unboxed, jax.random.key(0)),
+            jax.eval_shape(lambda: self._unboxed(jax.random.key(0))),
             self.shardings(),
         )
 
     def shardings(self) -> TrainState:
         """Where every leaf lies: parameters and moments over `fsdp` and `tensor`."""
-        return shardings(jax.eval_shape(self._boxed, jax.random.key(0)), self.mesh)
+        return shardings(jax.eval_shape(lambda: self._boxed(jax.random.key(0))), self.mesh)
 
     def _unboxed(self, key: jax.Array) -> TrainState:
         return nn.unbox(self._boxed(key))
@@ -78,11 +78,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def abstract_params(model: ModelConfig) -> Any:
     """Shapes and dtypes of the parameters of `model`, whole on the first device."""
 
-    def init(key):
-        return nn.unbox(LoopLM(model).init(key, jnp.zeros((1, 2), jnp.int32)))["params"]
+    def init():
+        variables = LoopLM(model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+        return nn.unbox(variables)["params"]
 
     sharding = SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(init, jax.random.key(0)),
+        jax.eval_shape(init),
     )
