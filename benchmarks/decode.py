@@ -17,7 +17,6 @@ on two such cores makes 18.8-19.6 tokens/s in float32 and 20-23 in bfloat16 at b
 import json
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ import numpy as np
 from absl import app, flags
 from flax.core import meta
 
+from benchmarks.measure import seconds, shown
 from ouro_jax.config import DTYPES, ModelConfig
 from ouro_jax.inference.decode import cast_params
 from ouro_jax.inference.generate import generate
@@ -49,7 +49,7 @@ def main(_) -> None:
         for batch in _BATCH.value
     ]
     for name in rows[0]:
-        print(f"{name:28s}" + "".join(f"{_shown(row[name]):>14s}" for row in rows))
+        print(f"{name:28s}" + "".join(f"{shown(row[name]):>14s}" for row in rows))
     print(json.dumps(rows))
 
 
@@ -68,8 +68,8 @@ def measure(dtype: str, batch: int, repeats: int) -> dict[str, Any]:
 
     tokens, first, matmul, memory = [], [], [], []
     for _ in range(repeats + 1):
-        matmul.append(2 * MATMUL_SIZE**3 / min(_seconds(multiply, x, x) for _ in range(4)))
-        memory.append(SUMMED_BYTES / min(_seconds(add, long) for _ in range(4)))
+        matmul.append(2 * MATMUL_SIZE**3 / min(seconds(multiply, x, x) for _ in range(4)))
+        memory.append(SUMMED_BYTES / min(seconds(add, long) for _ in range(4)))
         stamps = [time.perf_counter()]
         generate(
             config, params, prompts, NEW_TOKENS,
@@ -112,16 +112,6 @@ def _bytes_per_step(config: ModelConfig, params: dict, batch: int) -> float:
     seen = PROMPT + NEW_TOKENS / 2
     cache = 2 * config.num_layers * batch * seen * config.num_kv_heads * config.head_dim
     return itemsize * (config.num_loops * (stack + cache) + head)
-
-
-def _seconds(function: Callable, *args) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    return time.perf_counter() - start
-
-
-def _shown(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:,.3g}" if value < 10 else f"{value:,.1f}"
 
 
 if __name__ == "__main__":

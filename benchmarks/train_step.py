@@ -17,13 +17,13 @@ is 139 tokens/s on such cores when they are quiet, with temporaries under 600 Mi
 import json
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.measure import seconds, shown
 from ouro_jax.config import DTYPES, REMAT_POLICIES, MeshConfig, ModelConfig, OptimizerConfig
 from ouro_jax.data.batch import Batch
 from ouro_jax.model.flops import train_flops_per_token
@@ -43,7 +43,7 @@ def main(_) -> None:
     """Prints a table, and the same as one JSON line last."""
     rows = [measure(dtype, _REMAT.value, _STEPS.value) for dtype in _DTYPE.value]
     for name in rows[0]:
-        print(f"{name:24s}" + "".join(f"{_shown(row[name]):>14s}" for row in rows))
+        print(f"{name:24s}" + "".join(f"{shown(row[name]):>14s}" for row in rows))
     print(json.dumps(rows))
 
 
@@ -67,7 +67,7 @@ def measure(dtype: str, remat: str, steps: int) -> dict[str, str | float]:
         product = jax.jit(jnp.matmul).lower(x, x).compile()
         matmul_flops, step_seconds = [], []
         for _ in range(steps + 1):
-            matmul_flops.append(2 * MATMUL_SIZE**3 / min(_seconds(product, x, x) for _ in range(5)))
+            matmul_flops.append(2 * MATMUL_SIZE**3 / min(seconds(product, x, x) for _ in range(5)))
             start = time.perf_counter()
             state, metrics = compiled(state, batch, inputs)
             jax.block_until_ready((state, metrics))
@@ -100,16 +100,6 @@ def _batch(vocab_size: int) -> Batch:
     ones = np.ones((1, BATCH, LENGTH), np.int32)
     positions = ones * np.arange(LENGTH, dtype=np.int32)
     return Batch(tokens[..., :-1], tokens[..., 1:], ones, positions, ones.astype(bool))
-
-
-def _seconds(function: Callable, *args) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    return time.perf_counter() - start
-
-
-def _shown(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:,.3g}" if value < 10 else f"{value:,.1f}"
 
 
 if __name__ == "__main__":
