@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
             name="ouro_1p4b",
             model=get_model(24),
             stages=get_stages(24),
-            data=DataConfig(root="data/ouro"),
+            data=DataConfig(root="data/ouro", source_tokens=MIXTURES["SOURCE_TOKENS"]),
             checkpoint=CheckpointConfig(every_tokens=20 * BILLION, keep=3),
         )
     )

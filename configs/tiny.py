@@ -117,7 +117,9 @@ def _fork(config: Config) -> Config:
         config,
         name="tiny_fork",
         model=dataclasses.replace(config.model, num_layers=2 * LAYERS),
-        stages={"stable_1b": stable_1b},
+        # Its rows go on where stable_1a stopped, so that stage stays in the config.
+        stages={"stable_1a": config.stages["stable_1a"], "stable_1b": stable_1b},
+        first_stage="stable_1b",
         init_from="runs/tiny/stable_1a",
     )
 

@@ -25,6 +25,7 @@ STAGE_ORDER = (
 )
 SCHEDULES = ("constant", "cosine", "wsd")
 OBJECTIVES = ("expected", "last_loop", "gate", "gate_lookahead")
+GATE_OBJECTIVES = ("gate", "gate_lookahead")  # they train the exit gate alone
 TRANSITIONS = ("none", "upcycle_stacked", "upcycle_interleaved")
 REMAT_POLICIES = ("auto", "none", "layer", "loop_and_layer")
 DTYPES = ("float32", "bfloat16")
@@ -33,6 +34,10 @@ MESH_AXES = ("slice", "data", "fsdp", "tensor", "context")
 
 class ConfigError(ValueError):
     """Something the user wrote is wrong: a key, a flag, a file. The command leaves with code 2."""
+
+
+class RunError(RuntimeError):
+    """A failure that its message explains, as a full disk. The command leaves with code 1."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -115,10 +120,16 @@ class Stage:
     """One stage of the curriculum (paper, Table 1). Tokens are the clock of everything in it.
 
     `batch_ramp` is a table of (until this many tokens of the stage, tokens per batch); after its
-    last row `batch_tokens` holds. `mixture` maps a source to its share of rows. `learning_rate`
-    is reached after `warmup_tokens`; `cosine` then falls to `final_learning_rate` at the end of
-    the stage, `wsd` stays and falls linearly over the last `decay_tokens`. `prior` is `uniform`
-    or `geometric:λ`. `transition` says how the parameters of the stage before become this one's.
+    last row `batch_tokens` holds. `learning_rate` is reached after `warmup_tokens`; `cosine` then
+    falls to `final_learning_rate` at the end of the stage, `wsd` stays and falls linearly over
+    the last `decay_tokens`. `prior` is `uniform` or `geometric:λ`. `transition` says how the
+    parameters of the stage before become this one's.
+
+    `mixture` maps a source to its share of rows. Each source goes on where the earlier stages
+    with rows of this length left it, and when it has run out starts again in another order; a
+    stage whose sources would be read more than `max_epochs` times by its end is refused (0: no
+    limit). `skip_rows` are spans [start, stop) of the stage's rows that are never trained on:
+    they do not count, so the stage is as long as without them.
     """
 
     tokens: int
@@ -140,6 +151,8 @@ class Stage:
     prior: str = "uniform"
     transition: str = "none"
     reset_optimizer: bool = False
+    max_epochs: float = 0.0
+    skip_rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,11 +160,13 @@ class DataConfig:
     """Where prepared rows lie: `root/tokenizer.json`, `root/<source>/<split>-<length>/`.
 
     `embedded_bytes` > 0 prepares text found on any machine with Python under `root` first, at
-    most so many bytes of each source.
+    most so many bytes of each source. `source_tokens` says how many tokens a source is expected
+    to hold: the dry run reckons with it until the source is prepared.
     """
 
     root: str = "data"
     embedded_bytes: int = 0
+    source_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,6 +272,8 @@ class Config:
             ("logging.every_steps", self.logging.every_steps),
         ):
             require(value >= 1, key, value, "at least 1")
+        for source, tokens in self.data.source_tokens.items():
+            require(tokens >= 1, f"data.source_tokens.{source}", tokens, "at least 1")
         rows = self.layout.microbatch_rows
         require(rows >= 0, "layout.microbatch_rows", rows, "0 (chosen) or more")
         for key in ("clip_norm", "eps"):
@@ -271,6 +288,11 @@ class Config:
         names = [name for name in STAGE_ORDER if name in self.stages]
         start = names.index(self.first_stage) if self.first_stage else 0
         return [(name, self.stages[name]) for name in names[start:]]
+
+    def earlier_stages(self, name: str) -> list[tuple[str, Stage]]:
+        """The stages before stage `name` in the order of the paper, also before `first_stage`."""
+        before = STAGE_ORDER[: STAGE_ORDER.index(name)]
+        return [(other, self.stages[other]) for other in before if other in self.stages]
 
     def stage_model(self, name: str) -> ModelConfig:
         """The model's own config as of a stage: its layers, loops, RoPE base and longest row."""
@@ -307,7 +329,7 @@ def _validate_stage(key: str, stage: Stage) -> None:
     require(stage.learning_rate > 0, f"{key}.learning_rate", stage.learning_rate, "more than 0")
     require(stage.rope_theta > 0, f"{key}.rope_theta", stage.rope_theta, "more than 0")
     for name in ("entropy_weight", "final_learning_rate", "weight_decay", "warmup_tokens",
-                 "decay_tokens"):  # fmt: skip
+                 "decay_tokens", "max_epochs"):  # fmt: skip
         require(getattr(stage, name) >= 0, f"{key}.{name}", getattr(stage, name), "0 or more")
     require(
         stage.warmup_tokens < stage.tokens
@@ -319,6 +341,7 @@ def _validate_stage(key: str, stage: Stage) -> None:
     require_choice(stage.transition, TRANSITIONS, f"{key}.transition")
     parse_prior(stage.prior, f"{key}.prior")
     _validate_batches(key, stage)
+    _validate_skips(f"{key}.skip_rows", stage.skip_rows)
     _validate_mixture(f"{key}.mixture", stage.mixture)
 
 
@@ -338,6 +361,16 @@ def _validate_batches(key: str, stage: Stage) -> None:
             batch_tokens % stage.sequence_length == 0, name, batch_tokens,
             f"a multiple of {key}.sequence_length = {stage.sequence_length:,}",
         )  # fmt: skip
+
+
+def _validate_skips(key: str, spans: tuple[tuple[int, int], ...]) -> None:
+    end = 0
+    for span in spans:
+        require(
+            len(span) == 2 and end <= span[0] < span[1], key, spans,
+            "spans (start, stop) of rows, start < stop, sorted and disjoint",
+        )  # fmt: skip
+        end = span[1]
 
 
 def _validate_mixture(key: str, mixture: Mapping[str, float]) -> None:

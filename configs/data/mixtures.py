@@ -1,7 +1,27 @@
-"""The paper's mixtures as data: shares of rows per source, by stage (Tables 4 and 5; section 4.2).
+"""The paper's data as data: what the corpora hold (Table 3) and each stage's shares of rows
+(Tables 4 and 5; section 4.2).
 
 Names are folders of prepared rows: `DATA_ROOT/<source>/train-<sequence length>/`.
 """
+
+# Table 3: tokens in the corpus and tokens used, in billions. The high-quality part of Nemotron-CC
+# that stage 2 takes is not listed there.
+TABLE_3 = {
+    "nemotron_cc": (6386, 4404),
+    "map_cc": (800, 780),
+    "ultra_fineweb_zh": (120, 120),
+    "opencoder_pretrain": (450, 450),
+    "megamath_web": (247, 246),
+    "megamath_high_quality": (64, 64),
+    "nemotron_cc_math_v1": (210, 210),
+    "nemotron_code_synthetic": (53, 53),
+    "nemotron_sft_code": (48, 48),
+    "nemotron_sft_general": (87, 87),
+    "opencoder_annealing": (7, 7),
+    "prolong_64k": (20, 20),
+    "instruction_mix": (182, 90),
+}
+SOURCE_TOKENS = {source: held * 10**9 for source, (held, _) in TABLE_3.items()}
 
 # Table 4: stages 1a and 1b, 6T tokens.
 STABLE = {

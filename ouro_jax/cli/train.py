@@ -4,8 +4,9 @@
   ouro train --config=configs/ouro_1p4b.py --dry_run
   ouro train --config=configs/tiny.py --workdir=runs/long --config.stages.anneal.tokens=500_000
 
-Repeating the command continues a run that was stopped. `--dry_run` prints the curriculum as a
-table and needs no workdir, data or tokenizer.
+Repeating the command continues a run that was stopped. `--dry_run` prints the curriculum as
+tables, with what each source contributes and how many epochs that is, and needs no workdir, data
+or tokenizer: what a source holds is read from its manifest, else from `data.source_tokens`.
 """
 
 from collections.abc import Mapping
@@ -13,11 +14,11 @@ from typing import Any
 
 from absl import flags
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ouro_jax.cli.common import FLAGS, config_from_flags, define_config, required, run_verb
 from ouro_jax.config import Config
-from ouro_jax.training.curriculum import describe
+from ouro_jax.training.dry_run import describe
 
 define_config()
 flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, log, report.")
@@ -68,9 +69,7 @@ def curriculum_tables(config: Config, stages: list[dict[str, Any]]) -> list[Tabl
             "RoPE base": lambda s: f"{s['rope_theta']:,.0f}",
             "transition": lambda s: s["transition"],
         }),
-        _table(stages, "mixture, % of rows", {
-            "sources": lambda s: ", ".join(f"{n} {100 * w:.1f}" for n, w in s["mixture"].items()),
-        }),
+        _sources(stages),
     ]  # fmt: skip
 
 
@@ -78,6 +77,26 @@ def _table(stages: list[dict[str, Any]], title: str, columns: dict[str, Any]) ->
     table = Table("stage", *columns, title=title, title_justify="left")
     for stage in stages:
         table.add_row(stage["stage"], *(text(stage) for text in columns.values()))
+    return table
+
+
+def _sources(stages: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "stage", "source", *(Column(name, justify="right") for name in (
+            "share, %", "rows", "tokens", "tokens available", "epochs so far",
+        )), title="sources", title_justify="left",
+    )  # fmt: skip
+    for stage in stages:
+        table.add_section()
+        for number, part in enumerate(stage["sources"]):
+            available, epochs, limit = part["tokens_available"], part["epochs"], stage["max_epochs"]
+            refused = f" > {limit:g}" if epochs and 0 < limit < epochs else ""
+            table.add_row(
+                "" if number else stage["stage"], part["source"], f"{100 * part['share']:.1f}",
+                f"{part['rows']:,}", f"{part['tokens']:,}",
+                "?" if available is None else f"{available:,}",
+                "?" if epochs is None else f"{epochs:.3f}{refused}",
+            )  # fmt: skip
     return table
 
 

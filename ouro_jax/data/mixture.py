@@ -3,13 +3,14 @@
 Each source: shuffle → repeat (Grain's `MapDataset`, random access); then mix → slice by host →
 batch. The position is one integer, the global rows consumed, and every row's place follows from
 its number alone: reading starts anywhere at once, the number of hosts changes nothing but who
-reads which row, and the batch may change from step to step.
+reads which row, and the batch may change from step to step. Spans of rows may be skipped, and
+each source may go on from where other stages left it.
 """
 
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,10 @@ import numpy as np
 
 from ouro_jax.config import ConfigError, nearest
 from ouro_jax.data.batch import Batch, batch_from_rows
+from ouro_jax.data.interleave import Interleave
 from ouro_jax.data.rows import MANIFEST, Manifest, Row, RowSource, open_rows
 from ouro_jax.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_hash
 
-# Shares are kept in parts per 2^30. Grain's own `mix` rounds a share down to a hundredth of the
-# smallest one, which is wrong by up to 0.25 percentage points.
-SHARE_UNIT = 1 << 30
 # Grain seeds epoch e of a shuffle with seed + e: with seeds this far apart, no two sources share
 # a permutation for so many epochs.
 SEED_SPACING = 1 << 16
@@ -44,21 +43,30 @@ class SourceSummary:
 
 
 class Mixture:
-    """An endless sequence of rows, numbered from 0, drawn from sources by weight."""
+    """An endless sequence of rows, numbered from 0, drawn from sources as `order` says.
 
-    def __init__(self, sources: Mapping[str, RowSource], weights: Mapping[str, float], seed: int):
-        self._sources, self._weights = dict(sources), dict(weights)
-        self._shares = _integer_shares([self._weights[name] for name in self._sources])
-        seeds = source_seeds(self._sources, seed)
+    Source s is read from its row `first_rows[s]` on: row 0 unless others have read it before.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, RowSource],
+        order: Interleave,
+        seeds: Mapping[str, int],
+        first_rows: Mapping[str, int] | None = None,
+    ):
+        self.order = order
+        self._sources = dict(sources)
+        self._first_rows = {name: (first_rows or {}).get(name, 0) for name in self._sources}
         self._datasets = {
             name: grain.MapDataset.source(source).shuffle(seed=seeds[name]).repeat()
             for name, source in self._sources.items()
         }
 
     def locate(self, index: int) -> tuple[str, int]:
-        """The source that gives global row `index`, and how many rows it gave before."""
-        which, index_in_source = _interleave(index, self._shares)
-        return list(self._sources)[which], index_in_source
+        """The source that gives global row `index`, and how many of its rows were read before."""
+        name, index_in_source = self.order.locate(index)
+        return name, index_in_source + self._first_rows[name]
 
     def row(self, index: int) -> Row:
         """Global row `index`."""
@@ -66,6 +74,28 @@ class Mixture:
         row = self._datasets[name][index_in_source]
         assert row is not None  # Grain's sign for a filtered element; nothing is filtered here
         return row
+
+    def epochs(self, num_rows: int) -> dict[str, float]:
+        """How often each source has been read through after the first `num_rows`."""
+        return {
+            name: (self._first_rows[name] + drawn) / len(self._sources[name])
+            for name, drawn in self.order.drawn(num_rows).items()
+        }
+
+    def restarts(self, start: int, end: int) -> dict[str, int]:
+        """The sources that start again among global rows `start` … `end`, with their new epoch.
+
+        Epochs count from 1, and a source's first one is no restart. Where a source starts more
+        than once, the last epoch is given.
+        """
+        before, after = self.order.drawn(start), self.order.drawn(end)
+        restarted = {}
+        for name, source in self._sources.items():
+            first = self._first_rows[name]
+            old, new = ((first + n - 1) // len(source) for n in (before[name], after[name]))
+            if new > max(old, 0):
+                restarted[name] = new + 1
+        return restarted
 
     def read(self, start: int, num_rows: int, host: int = 0, num_hosts: int = 1) -> Batch:
         """This host's share of the global rows `start` … `start + num_rows`.
@@ -112,7 +142,7 @@ class Mixture:
                 source.manifest.rows,
                 source.manifest.tokens,
                 source.manifest.documents,
-                self._weights[name],
+                self.order.weights[name],
             )
             for name, source in self._sources.items()
         }
@@ -126,8 +156,15 @@ def open_mixture(
     sequence_length: int,
     seed: int,
     expected_vocab_size: int | None = None,
+    first_rows: Mapping[str, int] | None = None,
+    skip_rows: tuple[tuple[int, int], ...] = (),
+    other_sources: Iterable[str] = (),
 ) -> Mixture:
     """Opens the rows `root/<source>/<split>-<sequence_length>/` of every source with a weight.
+
+    `first_rows` and `skip_rows` are those of `Mixture` and `Interleave`. A source has the same
+    order of rows in every mixture of the same `seed` that knows the same sources;
+    `other_sources` names those that are not in this one.
 
     Raises ConfigError if the weights do not sum to one, a source or rows of this length are
     missing, or the rows were made with another tokenizer than `root/tokenizer.json` or for
@@ -138,12 +175,13 @@ def open_mixture(
             f"mixture {dict(weights)}: expected shares of 0 or more that sum to one; these sum to "
             f"{sum(weights.values()):.6g}."
         )
-    weights = {name: weight for name, weight in weights.items() if weight > 0}
     sources = {
         name: open_source(root, name, split, sequence_length, expected_vocab_size)
-        for name in weights
+        for name, weight in weights.items()
+        if weight > 0
     }
-    return Mixture(sources, weights, seed)
+    seeds = source_seeds({*sources, *other_sources}, seed)
+    return Mixture(sources, Interleave(weights, skip_rows), seeds, first_rows)
 
 
 def open_source(
@@ -216,7 +254,7 @@ def _check_tokenizer(
         )
 
 
-def source_seeds(names: Mapping[str, object], seed: int) -> dict[str, int]:
+def source_seeds(names: Iterable[str], seed: int) -> dict[str, int]:
     """A shuffle seed per source, from its name and `seed`, at least `SEED_SPACING` apart.
 
     A source keeps its seed when others join, unless their hashes fall on the same place (a
@@ -231,29 +269,6 @@ def source_seeds(names: Mapping[str, object], seed: int) -> dict[str, int]:
             place = (place + 1) % places
         taken[place] = name
     return {name: place * SEED_SPACING for place, name in taken.items()}
-
-
-def _integer_shares(weights: list[float]) -> list[int]:
-    """Shares of `SHARE_UNIT`, rounded so that they sum to it exactly and none is 0."""
-    total = sum(weights)
-    borders = np.rint(np.cumsum([0.0, *weights]) / total * SHARE_UNIT).astype(int).tolist()
-    return [max(1, end - start) for start, end in zip(borders[:-1], borders[1:], strict=True)]
-
-
-def _interleave(index: int, shares: list[int]) -> tuple[int, int]:
-    """Which source gives row `index`, and which of its own rows that is.
-
-    Of the first k rows, ⌈k·p/R⌉ come from a source with share p of R. A row that the first
-    source does not give is row ⌊k·(R−p)/R⌋ of what the others give among themselves.
-    """
-    remaining = sum(shares)
-    for which, share in enumerate(shares):
-        before = index * (remaining - share) // remaining
-        after = (index + 1) * (remaining - share) // remaining
-        if before == after:
-            return which, index - before
-        index, remaining = before, remaining - share
-    raise AssertionError("the last source takes every row that is left")
 
 
 class HeldoutBatch(NamedTuple):

@@ -195,6 +195,8 @@ def _what(event: Record) -> str:
     if name == "stage_start" and model:
         layers, loops, base = model["num_layers"], model["num_loops"], model["rope_theta"]
         text += f": {layers} layers × {loops} loops, RoPE base {base:,.0f}"
+    if name == "source_restart":
+        text = f"{event['source']} has run out and starts again: epoch {event['epoch']}"
     return text
 
 

@@ -17,14 +17,16 @@ from etils import epath
 from ouro_jax.config import STAGE_ORDER, ConfigError, ModelConfig, to_dict
 from ouro_jax.training.state import TrainState, abstract_params
 
-SCHEMA_VERSION = 1
+# 2: every stage goes on in its sources where the one before stopped, and may skip rows.
+SCHEMA_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
     """Where a run stands: what is needed beside the arrays to go on exactly as if never stopped.
 
-    `rows` are the global rows of the stage consumed; `tokens_seen` counts the run's whole history.
+    `rows` are the global rows of the stage consumed, `skip_rows` the spans that the stage skips;
+    `tokens_seen` counts the run's whole history.
     """
 
     stage: str
@@ -34,6 +36,7 @@ class Position:
     model: ModelConfig
     objective: str
     seed: int
+    skip_rows: tuple[tuple[int, int], ...] = ()
 
 
 class StageCheckpoints:
@@ -175,9 +178,14 @@ def _read_position(folder: epath.Path) -> Position:
     file = folder / "meta" / "metadata"
     try:
         meta = json.loads(file.read_text())
-        model = ModelConfig(**meta["model"])
-        names = {f.name for f in dataclasses.fields(Position)} - {"model"}
-        return Position(model=model, **{name: meta[name] for name in names})
+        if meta["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema {meta['schema_version']}, expected {SCHEMA_VERSION}")
+        names = {f.name for f in dataclasses.fields(Position)}
+        fields = {name: meta[name] for name in names} | {
+            "model": ModelConfig(**meta["model"]),
+            "skip_rows": tuple((start, stop) for start, stop in meta["skip_rows"]),
+        }
+        return Position(**fields)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: not readable as a checkpoint's position: {error}") from error
 

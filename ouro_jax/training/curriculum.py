@@ -6,14 +6,12 @@ learning rate, so nothing depends on how a run was interrupted.
 
 import dataclasses
 import math
-from typing import Any
+from collections import Counter
+from functools import cached_property
 
-import numpy as np
-import optax
-
-from ouro_jax.config import Config, ConfigError, ModelConfig, Stage, num_parameters
+from ouro_jax.config import GATE_OBJECTIVES, Config, ConfigError, ModelConfig, Stage
+from ouro_jax.data.interleave import Interleave
 from ouro_jax.model.flops import train_flops_per_token
-from ouro_jax.training.optimizer import GATE_OBJECTIVES
 
 # A microbatch of about 8K tokens per device keeps matrix products large and memory small.
 MICROBATCH_TOKENS = 8192
@@ -54,9 +52,24 @@ class StagePlan:
                 return batch
         raise AssertionError("the last segment has no end")
 
+    @cached_property
+    def order(self) -> Interleave:
+        """The order in which the stage's sources give its rows."""
+        return Interleave(self.stage.mixture, self.stage.skip_rows)
+
     def learning_rate(self, row: int) -> float:
-        """Learning rate of the step that ends at `row`; evaluated by optax in units of tokens."""
-        return float(np.asarray(self._schedule()(float(row * self.stage.sequence_length))))
+        """Learning rate of the step that ends at `row`."""
+        stage, tokens = self.stage, row * self.stage.sequence_length
+        peak, final = stage.learning_rate, stage.final_learning_rate
+        if tokens < stage.warmup_tokens:
+            return peak * tokens / stage.warmup_tokens
+        if stage.schedule == "cosine":
+            done = (tokens - stage.warmup_tokens) / (stage.tokens - stage.warmup_tokens)
+            return final + (peak - final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+        if stage.decay_tokens and stage.schedule == "wsd":
+            left = max(stage.tokens - tokens, 0) / stage.decay_tokens
+            return final + (peak - final) * min(left, 1.0)
+        return peak
 
     def flops_per_token(self, model: ModelConfig) -> int:
         """The model's work on one token of this stage; a frozen model has no backward pass."""
@@ -79,25 +92,6 @@ class StagePlan:
             segments.append((start, end, batch))
             start = end
         return [*segments, (start, None, self.stage.batch_tokens // length)]
-
-    def _schedule(self) -> optax.Schedule:
-        stage = self.stage
-        # Floats throughout: 3e12 tokens do not fit int32, and float32 is exact to 3e5 of them.
-        total: Any = float(stage.tokens)
-        warmup: Any = float(stage.warmup_tokens)
-        peak, final = stage.learning_rate, stage.final_learning_rate
-        if stage.schedule == "cosine":
-            after = optax.cosine_decay_schedule(peak, total - warmup, final / peak)
-        elif stage.schedule == "wsd":
-            decay: Any = float(stage.decay_tokens)
-            stable = optax.constant_schedule(peak)
-            fall = optax.linear_schedule(peak, final, max(decay, 1.0))
-            after = optax.join_schedules([stable, fall], [total - warmup - decay])
-        else:
-            after = optax.constant_schedule(peak)
-        if not warmup:
-            return after
-        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def microbatch_rows(plan: StagePlan, shards: int, requested: int) -> int:
@@ -126,34 +120,15 @@ def microbatch_rows(plan: StagePlan, shards: int, requested: int) -> int:
     return shards * max(rows for rows in range(1, most + 1) if common % rows == 0)
 
 
-def describe(config: Config) -> list[dict]:
-    """One row per stage for the dry run: what it trains, on how much, at which cost."""
-    table = []
-    for name, stage in config.stream():
-        plan, model = StagePlan(name, stage), config.stage_model(name)
-        tokens = plan.total_rows * stage.sequence_length
-        flops = plan.flops_per_token(model)
-        table.append(
-            {
-                "stage": name,
-                "tokens": tokens,
-                "steps": plan.num_steps,
-                "sequence_length": stage.sequence_length,
-                "batch_tokens": [rows * stage.sequence_length for rows in plan.batch_sizes()],
-                "layers": stage.num_layers,
-                "loops": stage.num_loops,
-                "rope_theta": stage.rope_theta,
-                "entropy_weight": stage.entropy_weight,
-                "warmup_tokens": stage.warmup_tokens,
-                "schedule": stage.schedule,
-                "learning_rate": stage.learning_rate,
-                "final_learning_rate": plan.learning_rate(plan.total_rows),
-                "objective": stage.objective,
-                "transition": stage.transition,
-                "mixture": dict(stage.mixture),
-                "parameters": num_parameters(model),
-                "flops": tokens * flops,
-                "checkpoints": max(1, math.ceil(tokens / config.checkpoint.every_tokens)),
-            }
-        )
-    return table
+def first_rows(config: Config, name: str) -> dict[str, int]:
+    """The row of each source at which stage `name` goes on reading; 0 where it is not there.
+
+    These are the rows that the earlier stages with rows of the same length drew, also those
+    before `first_stage`: a run that begins with a later stage reads none of their rows again.
+    """
+    length, drawn = config.stages[name].sequence_length, Counter()
+    for other, stage in config.earlier_stages(name):
+        if stage.sequence_length == length:
+            plan = StagePlan(other, stage)
+            drawn.update(plan.order.drawn(plan.total_rows))
+    return dict(drawn)

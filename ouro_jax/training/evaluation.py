@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ouro_jax.config import STAGE_ORDER, Config
+from ouro_jax.config import Config
 from ouro_jax.data.batch import Batch
-from ouro_jax.data.mixture import Mixture, heldout_batches, list_sources, open_mixture
+from ouro_jax.data.mixture import heldout_batches, list_sources
 from ouro_jax.data.ngram import evaluate_ngrams, fit_ngrams
 from ouro_jax.parallel.mesh import batch_sharding, batch_shards
 from ouro_jax.training.curriculum import StagePlan
+from ouro_jax.training.stage_rows import open_stage_mixture
 from ouro_jax.training.step import StepSpec, compiled_evaluation
 
 EVALUATION_TOKENS = 8192
@@ -99,14 +100,3 @@ def _training_batches(config: Config, root: Path) -> Iterator[Batch]:
         mixture = open_stage_mixture(config, root, plan)
         for start in range(0, plan.total_rows, 256):
             yield mixture.read(start, min(256, plan.total_rows - start))
-
-
-def open_stage_mixture(config: Config, root: Path, plan: StagePlan) -> Mixture:
-    """The training rows of a stage; its own seed, so that stages do not repeat one order."""
-    return open_mixture(
-        root,
-        plan.stage.mixture,
-        sequence_length=plan.stage.sequence_length,
-        seed=config.seed * len(STAGE_ORDER) + STAGE_ORDER.index(plan.name),
-        expected_vocab_size=config.model.vocab_size,
-    )

@@ -6,9 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ouro_jax.config import OptimizerConfig
-
-GATE_OBJECTIVES = ("gate", "gate_lookahead")
+from ouro_jax.config import GATE_OBJECTIVES, OptimizerConfig
 
 
 def make_optimizer(

@@ -14,7 +14,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from ouro_jax.config import Config, ConfigError, ModelConfig, check_transition
+from ouro_jax.config import GATE_OBJECTIVES, Config, ConfigError, ModelConfig, check_transition
+from ouro_jax.data.interleave import Interleave
 from ouro_jax.interop.huggingface import load_huggingface, read_json
 from ouro_jax.interop.huggingface_config import config_from_json
 from ouro_jax.training.checkpoints import (
@@ -24,7 +25,7 @@ from ouro_jax.training.checkpoints import (
     load_position,
     stage_steps,
 )
-from ouro_jax.training.optimizer import GATE_OBJECTIVES
+from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.state import StateFactory, TrainState
 from ouro_jax.training.transitions import upcycle
 
@@ -40,13 +41,15 @@ def is_huggingface(path: str | Path) -> bool:
 
 def check_start(config: Config, workdir: Path) -> None:
     """Raises a ConfigError if the checkpoints that the run would start from are of another model
-    than the config's: those in `workdir`, and `init_from` unless the run has left it behind.
-    Reads no arrays."""
-    for name, _ in config.stream():
+    than the config's, or of other rows: those in `workdir`, and `init_from` unless the run has
+    left it behind. Reads no arrays."""
+    for name, stage in config.stream():
         folder = workdir / name
         if stage_steps(folder):
-            model, theirs = config.stage_model(name), load_position(folder).model
-            _check_same(model, theirs, (*FIXED, "num_layers"), str(folder))
+            position = load_position(folder)
+            fields = (*FIXED, "num_layers")
+            _check_same(config.stage_model(name), position.model, fields, str(folder))
+            _check_skips(StagePlan(name, stage), position, folder)
     first = workdir / config.stream()[0][0]
     if config.init_from and not stage_steps(first):
         _check_init_from(config)
@@ -74,10 +77,27 @@ def _check_same(
             )
 
 
+def _check_skips(plan: StagePlan, position: Position, folder: Path) -> None:
+    """What lies behind a checkpoint cannot be skipped, or not skipped, any more."""
+    behind = Interleave(plan.stage.mixture, position.skip_rows).passed(position.rows)
+    ours, theirs = (
+        tuple(span for span in spans if span[0] < behind)
+        for spans in (plan.stage.skip_rows, position.skip_rows)
+    )
+    if ours != theirs:
+        raise ConfigError(
+            f"stages.{plan.name}.skip_rows: the spans that begin before row {behind:,} are {ours}, "
+            f"but {folder} was trained with {theirs} up to there; only later rows can be chosen "
+            "anew. Set them back, or choose another workdir."
+        )
+
+
 def fresh_state(factory: StateFactory, config: Config, name: str) -> tuple[TrainState, Position]:
     """A state of random parameters at the start of a run."""
     model = config.stage_model(name)
-    position = Position(name, 0, 0, 0, model, factory.objective, config.seed)
+    position = Position(
+        name, 0, 0, 0, model, factory.objective, config.seed, config.stages[name].skip_rows
+    )
     return factory.init(config.seed), position
 
 
@@ -106,7 +126,7 @@ def state_from(
         opt_state = factory.fresh_optimizer(params)
     position = dataclasses.replace(
         before, stage=name, rows=0, model=config.stage_model(name),
-        objective=factory.objective, seed=config.seed,
+        objective=factory.objective, seed=config.seed, skip_rows=stage.skip_rows,
     )  # fmt: skip
     return state.replace(params=params, opt_state=opt_state), position
 

@@ -25,9 +25,10 @@ from ouro_jax.parallel.mesh import (
 )
 from ouro_jax.training.checkpoints import Position, StageCheckpoints, stage_steps
 from ouro_jax.training.curriculum import StagePlan, microbatch_rows
-from ouro_jax.training.evaluation import evaluate, ngram_baselines, open_stage_mixture, place
+from ouro_jax.training.evaluation import evaluate, ngram_baselines, place
 from ouro_jax.training.progress import Progress
 from ouro_jax.training.run_log import RunLog
+from ouro_jax.training.stage_rows import open_stage_mixture
 from ouro_jax.training.start import check_start, fresh_state, is_huggingface, state_from
 from ouro_jax.training.state import StateFactory, TrainState
 from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
@@ -99,6 +100,8 @@ class _Run:
                 return
             if position is not None:
                 state = checkpoints.restore(factory.abstract(), position.step)
+                # It may skip other rows from here on than it meant to when it was saved.
+                position = dataclasses.replace(position, skip_rows=plan.stage.skip_rows)
             elif source is None:
                 state, position = fresh_state(factory, self.config, plan.name)
             else:
@@ -153,6 +156,7 @@ class _StageRun:
                  state: TrainState, position: Position):  # fmt: skip
         self.run_, self.plan, self.checkpoints = run, plan, checkpoints
         self.state, self.position = state, position
+        self.mixture = open_stage_mixture(run.config, run.data_root, plan)
         self.config, self.stage = run.config, plan.stage
         self.spec = StepSpec(
             run.shape(plan.stage), self.config.optimizer, self.stage.objective, self.stage.prior,
@@ -176,8 +180,7 @@ class _StageRun:
             plan.name, plan.total_rows * length,
             done_tokens=self.position.rows * length, tokens_after=run.tokens_after(plan),
         )  # fmt: skip
-        mixture = open_stage_mixture(self.config, run.data_root, plan)
-        batches = mixture.batches(
+        batches = self.mixture.batches(
             self.position.rows, plan.batch_rows,
             host=jax.process_index(), num_hosts=jax.process_count(),
         )  # fmt: skip
@@ -209,9 +212,20 @@ class _StageRun:
             rows=end,
             tokens_seen=self.position.tokens_seen + rows * self.stage.sequence_length,
         )
+        self._log_restarts(start)
         # Read one step late: the device computes this step while the host waits for the last.
         self._read_metrics()
         self.unread = (self.position, metrics, rate)
+
+    def _log_restarts(self, start: int) -> None:
+        """Says so where a source has run out and begins again in the step from row `start` on."""
+        run, position = self.run_, self.position
+        for source, epoch in self.mixture.restarts(start, position.rows).items():
+            run.log.write(event("source_restart", position) | {"source": source, "epoch": epoch})
+            run.progress.message(
+                f"{position.stage}: source {source!r} starts again at token "
+                f"{position.tokens_seen:,}, epoch {epoch}."
+            )
 
     def _read_metrics(self) -> None:
         if self.unread is None:
@@ -224,23 +238,30 @@ class _StageRun:
                 f"norm {means['grad_norm']}. The newest checkpoint is from before this step; "
                 "lower the learning rate, or set optimizer.clip_norm lower, and run again."
             )
-        now, before = time.perf_counter(), self.clock
-        self.clock = now
-        batch_tokens = self.plan.batch_rows(position.rows - 1) * self.stage.sequence_length
-        flops = self.plan.flops_per_token(position.model)
-        tokens_per_second = batch_tokens / (now - before) if before else None
-        peak = peak_flops(self.spec.model.dtype)
-        record = {
-            "kind": "train", "time": time.time(), "stage": position.stage, "step": position.step,
-            "tokens": position.tokens_seen, "learning_rate": rate, "batch_tokens": batch_tokens,
-            "tokens_per_second": tokens_per_second,
-            "peak_share": tokens_per_second * flops / peak if tokens_per_second else None,
-            **means,
-        }  # fmt: skip
+        record = self._record(position, rate, means)
         self.run_.progress.update(record)
         is_last = position.rows >= self.plan.total_rows
         if position.step % self.config.logging.every_steps == 0 or is_last:
             self.run_.log.write(record)
+
+    def _record(self, position: Position, rate: float, means: dict[str, Any]) -> dict[str, Any]:
+        """The `train` record of the step that ended at `position`."""
+        now, before = time.perf_counter(), self.clock
+        self.clock = now
+        length = self.stage.sequence_length
+        batch_tokens = self.plan.batch_rows(position.rows - 1) * length
+        flops = self.plan.flops_per_token(position.model)
+        tokens_per_second = batch_tokens / (now - before) if before else None
+        peak = peak_flops(self.spec.model.dtype)
+        given = self.mixture.order.given(position.rows)
+        return {
+            "kind": "train", "time": time.time(), "stage": position.stage, "step": position.step,
+            "tokens": position.tokens_seen, "learning_rate": rate, "batch_tokens": batch_tokens,
+            "source_tokens": {source: rows * length for source, rows in given.items()},
+            "tokens_per_second": tokens_per_second,
+            "peak_share": tokens_per_second * flops / peak if tokens_per_second else None,
+            **means,
+        }  # fmt: skip
 
     def _passed(self, every_tokens: int) -> bool:
         length = self.stage.sequence_length

@@ -151,6 +151,9 @@ def test_data_that_do_not_fit(config, refusal, tmp_path):
     model = dataclasses.replace(config.model, vocab_size=512)
     text = refusal(dataclasses.replace(config, model=model))
     assert "tokenizer.json has 300" in text and "model.vocab_size = 512" in text
+    text = refusal(changed(config, "stable_1b", max_epochs=0.25))
+    assert "stages.stable_1b.max_epochs = 0.25" in text and "'code' holds" in text
+    assert "rows and would give 384 (" in text and "Prepare more" in text
     text = refusal(dataclasses.replace(config, data=DataConfig(root=str(tmp_path))))
     assert f"{tmp_path}: no prepared data there" in text and "ouro data prepare" in text
 

@@ -54,7 +54,8 @@ def synthetic_records() -> list[dict]:
             } | where
             for source in SOURCES
         ]  # fmt: skip
-        records.append({"kind": "event", "event": "stage_end"} | where)
+        restart = {"kind": "event", "event": "source_restart", "source": "code", "epoch": step}
+        records += [restart | where, {"kind": "event", "event": "stage_end"} | where]
     records += [
         {"kind": "baseline", "source": source, "unigram_bits_per_byte": 5.0 + place,
          "bigram_bits_per_byte": 4.0 + place, "tokens": tokens}
@@ -143,7 +144,8 @@ def test_every_token_has_its_depth(html):
 def test_tables_hold_the_records(html):
     tables = Page(html).tables
     last, *earlier, timeline = tables
-    assert len(earlier) == len(STAGES) - 1 and len(timeline) == 1 + 2 * len(STAGES) + 1
+    assert len(earlier) == len(STAGES) - 1 and len(timeline) == 1 + 3 * len(STAGES) + 1
+    assert timeline[2][1] == "code has run out and starts again: epoch 6"
     assert last[0] == ["source", *(f"loop {n}" for n in range(1, 9)), "unigram", "bigram"]
     for row, source, place in zip(last[1:3], SOURCES, range(2), strict=True):
         measured = [f"{bits(source, 'gate', loop):.3f}" for loop in range(8)]

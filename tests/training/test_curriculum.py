@@ -5,12 +5,13 @@ import math
 import runpy
 from pathlib import Path
 
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouro_jax.config import ConfigError, Stage, from_config_dict
-from ouro_jax.training.curriculum import StagePlan, describe, microbatch_rows
+from ouro_jax.config import Config, ConfigError, ModelConfig, Stage, from_config_dict
+from ouro_jax.training.curriculum import StagePlan, first_rows, microbatch_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGE = Stage(
@@ -144,15 +145,37 @@ def test_batches_that_do_not_divide_are_refused_with_the_way_out():
     assert "layout.microbatch_rows = 3" in text and "5 rows per device of stages.anneal" in text
 
 
-def test_the_description_adds_up():
-    config = from_config_dict(runpy.run_path(str(CONFIGS / "ouro_2p6b.py"))["get_config"]())
-    table = {row["stage"]: row for row in describe(config)}
-    assert "stable_1a" not in table and len(table) == 6
-    row = table["stable_1b"]
-    assert row["tokens"] == row["steps"] * 8 * 2**20 and row["parameters"] == 2_667_974_657
-    assert row["checkpoints"] == 151  # 3T tokens and a bit, every 20B
-    # 48 layers × 4 loops and 4 heads; 6 FLOPs per multiply-add, attention over 2048.5 positions.
-    layer = 2048 * (4 * 2048 + 3 * 5632) + 2 * 16 * 128 * (4096 + 1) // 2
-    assert row["flops"] == row["tokens"] * 6 * (192 * layer + 4 * 2048 * 49_152)
-    gate = table["gate"]
-    assert gate["flops"] == gate["tokens"] * 2 * (192 * layer + 4 * 2048 * 49_152)
+def test_rates_are_those_of_the_schedules_of_optax():
+    decay = optax.cosine_decay_schedule(1.0, 800.0, 0.1)
+    warm = optax.join_schedules([optax.linear_schedule(0.0, 1.0, 200.0), decay], [200.0])
+    tokens = range(10, 1200, 30)
+    ours = rates(tokens, schedule="cosine", warmup_tokens=200)
+    assert ours == pytest.approx([float(warm(float(n))) for n in tokens], abs=1e-6)
+    stable, fall = optax.constant_schedule(1.0), optax.linear_schedule(1.0, 0.1, 300.0)
+    wsd = optax.join_schedules([stable, fall], [700.0])
+    ours = rates(tokens, schedule="wsd", decay_tokens=300)
+    assert ours == pytest.approx([float(wsd(float(n))) for n in tokens], abs=1e-6)
+
+
+def stages_of(**changes) -> Config:
+    """Three stages with rows of 10 tokens and one of 20, in an order that is not the paper's."""
+    model = ModelConfig(64, 8, 8, 1, 1, 1, 8)
+    mixed = dataclasses.replace(STAGE, mixture={"code": 0.75, "math": 0.25})
+    stages = {
+        "gate": mixed,
+        "stable_1a": STAGE,
+        "anneal": dataclasses.replace(mixed, sequence_length=20, batch_tokens=200),
+        "stable_1b": dataclasses.replace(mixed, skip_rows=((40, 60),)),
+    }
+    return Config(name="test", model=model, stages=stages, **changes)
+
+
+def test_sources_go_on_where_earlier_stages_with_rows_of_their_length_stopped():
+    config = stages_of()
+    assert first_rows(config, "stable_1a") == {}
+    assert first_rows(config, "stable_1b") == {"code": 100}
+    assert first_rows(config, "anneal") == {}
+    # 100 rows of stable_1b are given and 20 skipped: 120 are behind, a quarter of them math.
+    assert first_rows(config, "gate") == {"code": 100 + 90, "math": 30}
+    fork = stages_of(first_stage="stable_1b", init_from="elsewhere")
+    assert first_rows(fork, "stable_1b") == {"code": 100}

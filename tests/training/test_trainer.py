@@ -16,11 +16,14 @@ from micro_run import BATCH, command, micro_config, ouro, write_config
 
 import ouro_jax
 from ouro_jax.cli.checkpoint import open_checkpoint
-from ouro_jax.config import DataConfig, MeshConfig
+from ouro_jax.config import ConfigError, DataConfig, MeshConfig
+from ouro_jax.data.interleave import Interleave
+from ouro_jax.data.rows import read_manifest
 from ouro_jax.data.tokenizer import load_tokenizer
 from ouro_jax.parallel.mesh import make_mesh
 from ouro_jax.training import trainer
 from ouro_jax.training.checkpoints import StageCheckpoints, load_params, load_position
+from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.run_log import read_log
 from ouro_jax.training.state import StateFactory
 from ouro_jax.training.transitions import upcycle
@@ -28,6 +31,7 @@ from ouro_jax.training.transitions import upcycle
 # The batch ramp of stable_1a: 4 steps of half a batch, then 14 whole ones.
 FIRST_STEPS = 18
 STAGE_STEPS = {"stable_1a": FIRST_STEPS, "stable_1b": FIRST_STEPS + 80, "gate": FIRST_STEPS + 88}
+SKIPPED = ((300, 340),)
 TIMES = {"time", "tokens_per_second", "peak_share"}
 
 
@@ -38,10 +42,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    """The micro run, its data made already and read as any prepared data."""
-    config = micro_config(folder / "data")
+    """The micro run, its data made already and read as any prepared data.
+
+    So little of it that sources run out; a span of stable_1b is skipped.
+    """
+    config = micro_config(folder / "data", data=DataConfig(str(folder / "data"), 30_000))
     root = trainer.prepare_data(config)
-    return dataclasses.replace(config, data=DataConfig(root=str(root)))
+    skipping = dataclasses.replace(config.stages["stable_1b"], skip_rows=SKIPPED)
+    stages = {**config.stages, "stable_1b": skipping}
+    return dataclasses.replace(config, data=DataConfig(root=str(root)), stages=stages)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +135,7 @@ def test_a_killed_run_repeated_ends_bit_for_bit_as_an_uninterrupted_one(
     heldout = [[{k: v for k, v in record.items() if k != "time"} for record in read_log(path)
                 if record["kind"] == "heldout"] for path in (workdir, finished)]  # fmt: skip
     assert heldout[0] == heldout[1] and len(heldout[0]) == 9
+    assert restarts(workdir) == restarts(finished)
 
 
 def test_a_finished_run_repeated_says_so_and_trains_nothing(config_file, finished):
@@ -143,7 +153,8 @@ def test_a_finished_run_repeated_says_so_and_trains_nothing(config_file, finishe
 
 def test_the_log_follows_the_clock(finished):
     records = read_log(finished)
-    events = [(r["event"], r["stage"], r["step"]) for r in records if r["kind"] == "event"]
+    events = [(r["event"], r["stage"], r["step"]) for r in records if r["kind"] == "event"
+              and r["event"] != "source_restart"]  # fmt: skip
     expected = []
     for (stage, end), start in zip(STAGE_STEPS.items(), (0, *STAGE_STEPS.values()), strict=False):
         expected += [("stage_start", stage, start), ("stage_end", stage, end)]
@@ -157,6 +168,44 @@ def test_the_log_follows_the_clock(finished):
     rates = np.array([record["learning_rate"] for record in training[:7]])
     np.testing.assert_allclose(rates / rates[-1], np.array([1, 2, 3, 4, 6, 8, 8]) / 8, rtol=1e-6)
     assert training[-1]["loss_per_loop"][-1] < training[0]["loss_per_loop"][-1] - 0.5
+
+
+def restarts(workdir: Path) -> list[dict]:
+    """The events of sources that started again, less the times."""
+    return [
+        {key: value for key, value in record.items() if key != "time"}
+        for record in read_log(workdir) if record.get("event") == "source_restart"
+    ]  # fmt: skip
+
+
+def test_the_log_says_what_each_source_gave_and_where_it_started_again(config, finished):
+    rows_of = {
+        source: read_manifest(Path(config.data.root) / source / "train-64").rows
+        for source in config.stages["gate"].mixture
+    }
+    # Every row of the run that is given or skipped, in order: (source, step it belongs to).
+    drawn, expected, step = dict.fromkeys(rows_of, 0), [], 0
+    for name, stage in config.stream():
+        plan, whole = StagePlan(name, stage), Interleave(stage.mixture)
+        start = 0
+        given = dict.fromkeys(rows_of, 0)
+        while batch := plan.batch_rows(start):
+            step += 1
+            for row in range(plan.order.passed(start), plan.order.passed(start + batch)):
+                source, _ = whole.locate(row)
+                drawn[source] += 1
+                if not any(first <= row < stop for first, stop in stage.skip_rows):
+                    given[source] += 1
+                if drawn[source] % rows_of[source] == 1 and drawn[source] > 1:
+                    epoch = drawn[source] // rows_of[source] + 1
+                    expected.append((source, epoch, name, step))
+            start += batch
+            (record,) = (r for r in train_records(finished) if r["step"] == step)
+            assert record["source_tokens"] == {name: 64 * rows for name, rows in given.items()}
+        assert sum(given.values()) == plan.total_rows
+    told = [(r["source"], r["epoch"], r["stage"], r["step"]) for r in restarts(finished)]
+    assert sorted(told) == sorted(expected)
+    assert ("code", 2, "stable_1b") in [place[:3] for place in told]
 
 
 def starts(config, workdir, monkeypatch) -> list[tuple]:
@@ -177,10 +226,33 @@ def starts(config, workdir, monkeypatch) -> list[tuple]:
 
 
 def only(config, name, init_from, **changes):
-    """A run of one stage, on 2 × 2 × 2 devices."""
-    stages = {name: dataclasses.replace(config.stages[name], **changes)}
-    mesh = MeshConfig(fsdp=2, tensor=2)
-    return dataclasses.replace(config, stages=stages, mesh=mesh, init_from=str(init_from))
+    """A run of one stage, on 2 × 2 × 2 devices; its rows follow those of the stages before."""
+    stages = dict(config.earlier_stages(name))
+    stages[name] = dataclasses.replace(config.stages[name], **changes)
+    return dataclasses.replace(
+        config, stages=stages, mesh=MeshConfig(fsdp=2, tensor=2), first_stage=name,
+        init_from=str(init_from),
+    )  # fmt: skip
+
+
+def test_only_rows_that_lie_ahead_can_be_skipped_anew(config, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "stable_1b", tmp_path / "stable_1b")
+
+    def longer(*spans):
+        return only(
+            config, "stable_1b", finished, tokens=90 * BATCH, skip_rows=spans, transition="none"
+        )
+
+    # 640 rows were given, 40 skipped: 680 are behind.
+    spans = (*SKIPPED, (680, 690), (700, 710))
+    ((position, _),) = starts(longer(*spans), tmp_path, monkeypatch)
+    assert (position.rows, position.skip_rows) == (640, spans)
+    for changed in ((), ((300, 341),), (*SKIPPED, (679, 690))):
+        with pytest.raises(ConfigError) as error:
+            trainer.train(longer(*changed), tmp_path)
+        text = str(error.value)
+        assert "stages.stable_1b.skip_rows" in text and "before row 680" in text
+        assert str(changed) in text and str(SKIPPED) in text
 
 
 def test_a_fork_takes_parameters_and_moments_through_its_transition(
