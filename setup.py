@@ -27,7 +27,11 @@ EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10.2,<0.13"],  # run on NVIDIA GPUs
     "eval": ["lm-eval>=0.4.11"],  # standard benchmarks
     "interop": ["transformers>=4.56,<5", "torch>=2.6"],  # to compare with the published code
-    "data": ["pyarrow>=17", "zstandard>=0.23"],  # Parquet and zstd corpora
+    "data": [
+        "pyarrow>=17",  # Parquet, and the Arrow files of Hugging Face datasets
+        "zstandard>=0.23",  # corpora compressed with zstd
+        "gcsfs>=2025.3",  # gs:// paths by fsspec
+    ],
     "serve": ["uvicorn>=0.30", "starlette>=0.40"],  # HTTP
     "dev": [
         "pytest>=8",  # the tests

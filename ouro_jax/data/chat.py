@@ -5,6 +5,7 @@ texts are tokenised apart from the special tokens, so no text can forge a turn.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -15,6 +16,7 @@ from ouro_jax.data.rows import DocumentCounts
 from ouro_jax.data.tokenizer import IM_END, IM_START, encode, end_of_text_id, special_id
 
 ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 Message = Mapping[str, str]
 
 
@@ -47,10 +49,42 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
 def _read_message(message: Message, index: int) -> tuple[str, str]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise ConfigError(f"message {index}: expected an object with role and content.")
+    for key in ("role", "content"):
+        if not isinstance(message[key], str):
+            raise ConfigError(f"message {index}: {key} is not a text but {message[key]!r}.")
     require_choice(message["role"], ROLES, f"message {index}: role")
-    if not isinstance(message["content"], str):
-        raise ConfigError(f"message {index}: content is not a text but {message['content']!r}.")
     return message["role"], message["content"]
+
+
+def read_messages(value: Any) -> list[Message]:
+    """A conversation as data sets spell it: role and content, or ShareGPT's from and value.
+
+    There `human` is the user and `gpt` the assistant. Other keys of a message are left out.
+    ConfigError for anything else.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConfigError(f"expected a list of messages, got {type(value).__name__}.")
+    messages = []
+    for index, message in enumerate(value):
+        if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
+            role = SHAREGPT_ROLES.get(str(message["from"]), message["from"])
+            message = {"role": role, "content": message["value"]}
+        role, text = _read_message(message, index)
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def question_messages(question: str, answer: str, thought: str = "") -> list[Message]:
+    """A question and its answer as a conversation; a thought comes before the answer.
+
+    It is written as the published Thinking models write theirs, whose generation prompt ends with
+    `<think>` and a newline.
+    """
+    reasoning = f"<think>\n{thought}\n</think>\n\n" if thought else ""
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": reasoning + answer},
+    ]
 
 
 def chat_documents(
