@@ -1,6 +1,7 @@
 """What all verbs share: parsing, exit codes, `--help`, `--json`, reading the config flag.
 
-Exit codes: 0 success, 2 a wrong config, flag or input, 1 anything else (with its traceback).
+Exit codes: 0 success, 2 a wrong config, flag or input, 1 anything else, with its
+traceback unless the message says it all.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from ouro_jax.config import Config, ConfigError, from_config_dict, nearest
+from ouro_jax.config import Config, ConfigError, RunError, from_config_dict, nearest
 
 FLAGS = flags.FLAGS
 
@@ -62,6 +63,9 @@ def run_verb(main: Callable[[], Mapping[str, Any] | None], module: str) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

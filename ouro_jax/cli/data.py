@@ -6,28 +6,41 @@
       --sequence_length=4096 --split=train --output=data/mytext/train-4096
   ouro data prepare --input='texts/**/*.txt' --format=text --tokenizer=data/tokenizer.json \\
       --sequence_length=4096 --split=heldout --output=data/mytext/heldout-4096
+  ouro data prepare --input='chats/*.jsonl.zst' --schema=messages --tokenizer=data/tokenizer.json \\
+      --sequence_length=4096 --output=data/mychats/train-4096
   ouro data verify data/mytext/train-4096
   ouro data inspect data/mytext/train-4096 --rows=3
 
-A config with `data.root = "data"` and a mixture with the source `mytext` trains on it.
+A config with `data.root = "data"` and a mixture with the source `mytext` trains on it. A command
+that was killed is continued by repeating it.
 """
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from ouro_jax.cli.common import FLAGS, required, run_verb
+from ouro_jax.cli.data_progress import show_progress
 from ouro_jax.config import ConfigError, require, require_choice
 
-ACTIONS = ("prepare", "tokenizer", "verify", "inspect")
-
 flags.DEFINE_string("input", "", "Files to read: a path or a pattern, ** goes into folders.")
-flags.DEFINE_string("format", "jsonl", "jsonl (a document per line) or text (one per file).")
-flags.DEFINE_string("field", "text", "The field of a JSON line that holds the text.")
+flags.DEFINE_string(
+    "format", "jsonl",
+    "jsonl (a document per line; .gz and .zst too), text (one per file), parquet, or datasets (a "
+    "folder written by save_to_disk of Hugging Face datasets).",
+)  # fmt: skip
+flags.DEFINE_string(
+    "schema", "text",
+    "What a record is: text, messages (a conversation) or question_answer (question, answer and "
+    "perhaps thought).",
+)  # fmt: skip
+flags.DEFINE_string(
+    "field", "", "The field of a record that holds the text (text) or the messages (messages)."
+)
 flags.DEFINE_string("tokenizer", "", "A tokenizer.json in the Hugging Face format.")
 flags.DEFINE_integer("sequence_length", 4096, "Tokens in a row.")
 flags.DEFINE_integer("vocab_size", 8192, "Entries of the tokenizer to train.")
@@ -35,50 +48,101 @@ flags.DEFINE_string(
     "split", "all", "all documents, train (19 of 20, by a hash of the text) or heldout (the rest)."
 )
 flags.DEFINE_string("output", "", "What to write: a new folder of rows, or a tokenizer.json.")
+flags.DEFINE_integer("workers", 0, "Processes; 0: one for every core.")
+flags.DEFINE_integer(
+    "shard_bytes", 1 << 28, "Input bytes of a shard, the unit of work and of resuming."
+)
+flags.DEFINE_integer("skip_bad", 0, "Unreadable records to leave out before giving up.")
 flags.DEFINE_integer("rows", 2, "Rows to show.")
 
 
 def main(action: str, directory: str) -> Mapping[str, Any]:
     """The verb: `action`, and for verify and inspect the folder of rows that came after it."""
     require_choice(action, ACTIONS, "ouro data")
-    # The data libraries take a second to load; a wrong action should not wait for them.
-    from ouro_jax.data import prepare, rows
+    return ACTIONS[action](directory)
 
-    if action == "tokenizer":
-        output = required("output", "data/tokenizer.json")
-        prepare.prepare_tokenizer(
-            required("input", "'texts/*.txt'"),
-            file_format=FLAGS.format,
-            vocab_size=FLAGS.vocab_size,
-            output=output,
-            field=FLAGS.field,
-        )
-        print(f"{output}: {FLAGS.vocab_size:,} entries")
-        return {"output": output, "vocab_size": FLAGS.vocab_size}
-    if action == "prepare":
-        manifest = prepare.prepare(
-            required("input", "'texts/*.jsonl'"),
-            file_format=FLAGS.format,
-            tokenizer=required("tokenizer", "data/tokenizer.json"),
-            sequence_length=FLAGS.sequence_length,
-            output=required("output", "data/mytext/train-4096"),
-            split=FLAGS.split,
-            field=FLAGS.field,
-        )
-    else:
-        if not directory:
-            raise ConfigError(f"name the folder: ouro data {action} data/mytext/train-4096")
-        manifest = (rows.verify_rows if action == "verify" else rows.read_manifest)(directory)
-    print(prepare.describe_manifest(manifest))
-    if action == "verify":
-        print("all checksums, token ids and counts are right")
-    if action == "inspect":
-        _show_rows(directory)
+
+# The data libraries take a second to load, and a wrong flag should not wait for them: they are
+# imported where they are used.
+
+
+def _tokenizer(_: str) -> Mapping[str, Any]:
+    from ouro_jax.data.prepare import prepare_tokenizer
+
+    output = required("output", "data/tokenizer.json")
+    prepare_tokenizer(
+        required("input", "'texts/*.txt'"),
+        corpus=_corpus(),
+        vocab_size=FLAGS.vocab_size,
+        output=output,
+    )
+    print(f"{output}: {FLAGS.vocab_size:,} entries")
+    return {"output": output, "vocab_size": FLAGS.vocab_size}
+
+
+def _prepare(_: str) -> Mapping[str, Any]:
+    from ouro_jax.data.prepare import plan_preparation, prepare
+
+    preparation = plan_preparation(
+        required("input", "'texts/*.jsonl'"),
+        corpus=_corpus(),
+        tokenizer=required("tokenizer", "data/tokenizer.json"),
+        sequence_length=FLAGS.sequence_length,
+        output=required("output", "data/mytext/train-4096"),
+        split=FLAGS.split,
+        shard_bytes=FLAGS.shard_bytes,
+        skip_bad=FLAGS.skip_bad,
+    )
+    with show_progress() as show:
+        manifest = prepare(preparation, _workers(), show)
+    return _described(manifest)
+
+
+def _verify(directory: str) -> Mapping[str, Any]:
+    from ouro_jax.data.rows import verify_rows
+
+    directory = _named(directory, "verify")
+    described = _described(verify_rows(directory, _workers()))
+    print("all checksums, token ids and counts are right")
+    return described
+
+
+def _inspect(directory: str) -> Mapping[str, Any]:
+    from ouro_jax.data.rows import read_manifest
+
+    described = _described(read_manifest(_named(directory, "inspect")))
+    _show_rows(directory)
+    return described
+
+
+def _corpus() -> Any:
+    from ouro_jax.data.corpus import Corpus
+
+    return Corpus(FLAGS.format, FLAGS.schema, FLAGS.field)
+
+
+def _workers() -> int:
+    from ouro_jax.data.workers import available_cores
+
+    require(FLAGS.workers >= 0, "workers", FLAGS.workers, "0 (one for every core) or more")
+    return FLAGS.workers or available_cores()
+
+
+def _named(directory: str, action: str) -> str:
+    if not directory:
+        raise ConfigError(f"name the folder: ouro data {action} data/mytext/train-4096")
+    return directory
+
+
+def _described(manifest: Any) -> Mapping[str, Any]:
+    from ouro_jax.data.show import describe_manifest
+
+    print(describe_manifest(manifest))
     return {**dataclasses.asdict(manifest), "padding_share": manifest.padding_share}
 
 
 def _show_rows(directory: str) -> None:
-    from ouro_jax.data.prepare import describe_rows
+    from ouro_jax.data.show import describe_rows
 
     require(FLAGS.rows >= 0, "rows", FLAGS.rows, "0 or more")
     beside = Path(directory).absolute().parent.parent / "tokenizer.json"
@@ -88,6 +152,14 @@ def _show_rows(directory: str) -> None:
         return
     for text in describe_rows(directory, tokenizer, FLAGS.rows):
         print(f"\n{text}")
+
+
+ACTIONS: Mapping[str, Callable[[str], Mapping[str, Any]]] = {
+    "prepare": _prepare,
+    "tokenizer": _tokenizer,
+    "verify": _verify,
+    "inspect": _inspect,
+}
 
 
 def run() -> None:

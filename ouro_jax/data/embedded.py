@@ -15,20 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from ouro_jax.config import ConfigError, require_choice
 from ouro_jax.data import arithmetic, stdlib_text
-from ouro_jax.data.chat import chat_documents
-from ouro_jax.data.packing import pack
-from ouro_jax.data.rows import DocumentCounts, write_rows
+from ouro_jax.data.corpus import Corpus
+from ouro_jax.data.prepare import plan_preparation, prepare
 from ouro_jax.data.splits import in_split
-from ouro_jax.data.tokenizer import tokenize, tokenizer_hash, train_tokenizer
+from ouro_jax.data.tokenizer import train_tokenizer
 
 SOURCES = ("code", "prose", "math", "sft")
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE_OF_BYTES = 8  # held-out text is at most one part in so many of the byte limit
-VERSION = 1  # raise it when the same settings give other rows than before
+VERSION = 2  # raise it when the same settings give other rows than before
 
 Documents = list[Any]  # texts; conversations (lists of messages) for sft
 
@@ -43,9 +40,10 @@ def build_embedded(
     """Prepares the sources named in `sequence_lengths`, each with rows of those lengths.
 
     Returns the data root, a folder of `root` named by these settings and this Python: it holds
-    `tokenizer.json` (trained on the train split, `vocab_size` entries) and
-    `<source>/<split>-<length>/`. If it is there already nothing is done. Built aside and
-    renamed, so it is whole whenever it is there; of two builders at once the first one wins.
+    `tokenizer.json` (trained on the train split, `vocab_size` entries), the texts as
+    `raw/<source>/<split>.jsonl` and their rows `<source>/<split>-<length>/`. If it is there
+    already nothing is done. Built aside and renamed, so it is whole whenever it is there; of two
+    builders at once the first one wins.
     """
     for source in sequence_lengths:
         require_choice(source, SOURCES, "embedded data: source")
@@ -94,7 +92,7 @@ def _build(
     tokenizer = train_tokenizer((text for part in training for text in _texts(part)), vocab_size)
     tokenizer.save(str(root / "tokenizer.json"))
     for (source, split), part in documents.items():
-        _write(root, source, split, part, tokenizer, sequence_lengths[source])
+        _write(root, source, split, part, sequence_lengths[source])
 
 
 def _documents(source: str, split: str, max_bytes: int) -> Documents:
@@ -142,25 +140,21 @@ def _texts(documents: Documents) -> Iterator[str]:
 
 
 def _write(
-    root: Path,
-    source: str,
-    split: str,
-    documents: Documents,
-    tokenizer: Tokenizer,
-    lengths: Sequence[int],
+    root: Path, source: str, split: str, documents: Documents, lengths: Sequence[int]
 ) -> None:
+    """The documents as a JSONL file under `raw`, and what `ouro data prepare` makes of it."""
+    raw = root / "raw" / source / f"{split}.jsonl"
+    schema = "messages" if source == "sft" else "text"
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.write_text(
+        "".join(json.dumps({schema: document}) + "\n" for document in documents), "utf-8"
+    )
     for length in lengths:
-        counts = DocumentCounts()
-        if source == "sft":
-            tokenized = chat_documents(documents, tokenizer, length, counts)
-        else:
-            tokenized = tokenize(tokenizer, documents, counts)
-        write_rows(
-            root / source / f"{split}-{length}",
-            pack(tokenized, length),
+        preparation = plan_preparation(
+            str(raw),
+            tokenizer=root / "tokenizer.json",
             sequence_length=length,
-            vocab_size=tokenizer.get_vocab_size(),
-            tokenizer_hash=tokenizer_hash(root / "tokenizer.json"),
-            source=source,
-            counts=counts,
+            output=root / source / f"{split}-{length}",
+            corpus=Corpus(schema=schema),
         )
+        prepare(preparation)

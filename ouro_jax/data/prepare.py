@@ -1,187 +1,428 @@
-"""A user's own files to rows: find, read, tokenise, pack, write. Also a look at the result."""
+"""A user's corpus to rows: read, tokenise, pack, write; in parts, on any number of workers.
 
-import glob
+A part is a fixed piece of the input and becomes one shard, made from that piece alone. So neither
+workers nor kills nor the machines it runs on can change a byte: a repeated command makes the
+shards that are missing. Their records lie in `unfinished/` until the manifest is written.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from ouro_jax.config import ConfigError, nearest, require, require_choice
-from ouro_jax.data.packing import pack
-from ouro_jax.data.rows import DocumentCounts, Manifest, open_rows, write_rows
+from ouro_jax.config import ConfigError, RunError, require, require_choice
+from ouro_jax.data.chat import Message, chat_documents
+from ouro_jax.data.corpus import BadRecords, Content, Corpus, Span, plan_parts, read_documents
+from ouro_jax.data.files import find_files
+from ouro_jax.data.folder import Folder
+from ouro_jax.data.packing import Document, pack
+from ouro_jax.data.rows import (
+    MANIFEST,
+    DocumentCounts,
+    Manifest,
+    Shard,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+    write_shard,
+)
 from ouro_jax.data.splits import in_split
 from ouro_jax.data.tokenizer import load_tokenizer, tokenize, tokenizer_hash, train_tokenizer
+from ouro_jax.data.workers import Advance, run_pieces
 
-FORMATS = ("jsonl", "text")
 SPLITS = ("all", "train", "heldout")
+UNFINISHED, SKIPPED, SHARD_SUFFIX = "unfinished", "skipped.txt", ".array_record"
+# 256 MiB of text: about 64M tokens, a shard of 128 MB, one or two minutes of one core.
+SHARD_BYTES = 1 << 28
+REPORT_TOKENS = 1 << 17
 
 
-def find_files(pattern: str) -> list[Path]:
-    """The files that `pattern` matches (`**` goes into folders), sorted; ConfigError if none."""
-    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-    files = [path for path in files if path.is_file()]
-    require(bool(files), "input", pattern, "a path or a pattern that matches at least one file")
-    return files
+@dataclass(frozen=True)
+class Preparation:
+    """All that decides the bytes of a folder of rows, and `parts`: the input of every shard.
 
-
-def read_texts(files: Iterable[Path], file_format: str, field: str = "text") -> Iterator[str]:
-    """The documents of `files`: `jsonl` has one in `field` of every line, `text` one per file.
-
-    Raises ConfigError naming file and line for broken JSON, a missing field, a field that is
-    no text, bytes that are not UTF-8, and files that cannot be read.
+    `base` is the folder that all input lies in, `modified` when the newest file of each part was
+    written (Unix seconds).
     """
-    require_choice(file_format, FORMATS, "format")
-    for path in files:
-        try:
-            if file_format == "text":
-                yield _decode(path.read_bytes(), path, 1)
-            else:
-                yield from _read_jsonl(path, field)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+
+    output: str
+    tokenizer: str
+    tokenizer_hash: str
+    vocab_size: int
+    sequence_length: int
+    split: str
+    corpus: Corpus
+    skip_bad: int
+    base: str
+    parts: tuple[tuple[Span, ...], ...]
+    modified: tuple[float, ...]
+
+    def part_key(self, index: int) -> str:
+        """A hash of what decides the bytes of a part, file contents and their folder aside."""
+        spans = [
+            (span.path.removeprefix(self.base), span.start, span.stop, span.size)
+            for span in self.parts[index]
+        ]
+        corpus = dataclasses.astuple(self.corpus)
+        settings = [self.tokenizer_hash, self.sequence_length, self.split, corpus, spans]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    def inputs_key(self) -> str:
+        """The same of the whole folder."""
+        keys = (self.part_key(index) for index in range(len(self.parts)))
+        return hashlib.sha256("".join(keys).encode()).hexdigest()
+
+    def part_bytes(self, index: int) -> int:
+        """Input bytes of a part."""
+        return sum(span.size for span in self.parts[index])
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _read_record(_decode(line, path, number), field, f"{path}, line {number}")
+@dataclass(frozen=True)
+class Part:
+    """What was made of one part: its shard (None without any document) and counts."""
+
+    key: str
+    modified: float
+    shard: Shard | None
+    tokens: int
+    documents: int
+    text_bytes: int
+    truncated: int
+    dropped: int
+    skipped: tuple[str, ...]
 
 
-def _read_record(line: str, field: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{place}: broken JSON ({error.msg}, column {error.colno}).") from error
-    if not isinstance(record, dict):
-        raise ConfigError(f"{place}: expected an object with the field {field!r}.")
-    if field not in record:
-        raise ConfigError(
-            f"{place}: no field {field!r}; there are {', '.join(record) or 'none'}."
-            f"{nearest(field, record)}"
-        )
-    if not isinstance(record[field], str):
-        raise ConfigError(
-            f"{place}: field {field!r} is no text but {type(record[field]).__name__}."
-        )
-    try:
-        record[field].encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character pair: "\\ud800"
-        raise ConfigError(f"{place}: field {field!r} is no valid Unicode ({error}).") from error
-    return record[field]
+@dataclass
+class Progress:
+    """How far a preparation is: input bytes (estimated within a part), shards, tokens.
+
+    `tokens` are those made since the command was started.
+    """
+
+    total_bytes: int
+    num_parts: int
+    done_parts: int = 0
+    tokens: int = 0
+    _ended_bytes: int = 0
+    _text_bytes: int = 0
+
+    @property
+    def done_bytes(self) -> int:
+        """Input bytes of finished parts, and the text read of those at work."""
+        return min(self.total_bytes, self._ended_bytes + max(0, self._text_bytes))
+
+    def advance(self, text_bytes: int, tokens: int) -> None:
+        """So much of the parts at work has been read."""
+        self._text_bytes += text_bytes
+        self.tokens += tokens
+
+    def end_part(self, input_bytes: int, text_bytes: int) -> None:
+        """A part has ended; `text_bytes` of it were reported before by `advance`."""
+        self.done_parts += 1
+        self._ended_bytes += input_bytes
+        self._text_bytes -= text_bytes
 
 
-def _decode(data: bytes, path: Path, line: int) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise ConfigError(
-            f"{path}, line {line}: not UTF-8 ({error.reason}). Convert the file to UTF-8."
-        ) from error
-
-
-def prepare(
+def plan_preparation(
     pattern: str,
     *,
-    file_format: str,
     tokenizer: str | os.PathLike,
     sequence_length: int,
     output: str | os.PathLike,
+    corpus: Corpus,
     split: str = "all",
-    field: str = "text",
-) -> Manifest:
-    """Writes the rows of all documents of the files that `pattern` matches to `output`.
+    shard_bytes: int = SHARD_BYTES,
+    skip_bad: int = 0,
+) -> Preparation:
+    """Finds the files that `pattern` matches and cuts them into parts of about `shard_bytes`.
 
     For training, `output` is `ROOT/<source>/<split>-<sequence_length>` and the tokenizer is
     `ROOT/tokenizer.json`. `split` keeps a part of the documents, chosen by a hash of their
-    text: `heldout` about one in 20, `train` the others.
+    text: `heldout` about one in 20, `train` the others. At most `skip_bad` unreadable records
+    are left out; one more is a ConfigError.
     """
     require(sequence_length >= 2, "sequence_length", sequence_length, "at least 2")
+    require(shard_bytes >= 1, "shard_bytes", shard_bytes, "at least 1")
+    require(skip_bad >= 0, "skip_bad", skip_bad, "0 or more")
     require_choice(split, SPLITS, "split")
-    texts = read_texts(find_files(pattern), file_format, field)
-    if split != "all":
-        texts = (text for text in texts if in_split(text, split))
-    loaded, counts = load_tokenizer(tokenizer), DocumentCounts()
-    return write_rows(
-        output,
-        pack(tokenize(loaded, texts, counts), sequence_length),
-        sequence_length=sequence_length,
-        vocab_size=loaded.get_vocab_size(),
+    loaded = load_tokenizer(tokenizer)
+    files = find_files(pattern)
+    modified = {file.path: file.modified for file in files}
+    parts = tuple(tuple(spans) for spans in plan_parts(files, corpus, shard_bytes))
+    return Preparation(
+        output=os.fspath(output),
+        tokenizer=os.fspath(tokenizer),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        source=Path(output).absolute().parent.name,
-        counts=counts,
+        vocab_size=loaded.get_vocab_size(),
+        sequence_length=sequence_length,
+        split=split,
+        corpus=corpus,
+        skip_bad=skip_bad,
+        base=os.path.commonprefix([file.path for file in files]).rpartition("/")[0],
+        parts=parts,
+        modified=tuple(max(modified[span.path] for span in spans) for spans in parts),
     )
 
 
+def prepare(
+    preparation: Preparation,
+    workers: int = 1,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Manifest:
+    """Makes the shards that are not there yet on `workers` processes of this machine.
+
+    One process lets the tokenizer use all cores; of several, each uses one. Does nothing if the
+    folder is complete. Raises ConfigError for bad input and if the folder holds something else or
+    has another writer, RunError if the disk is full or a worker dies; then finished shards stay.
+    """
+    with preparing(preparation) as manifest:
+        return manifest or finish(preparation, _make_parts(preparation, workers, on_progress))
+
+
+@contextlib.contextmanager
+def preparing(preparation: Preparation) -> Iterator[Manifest | None]:
+    """The only writer of a folder; yields its manifest if it is complete already, else None.
+
+    If the block raises, finished shards are kept and a folder without any is removed.
+    """
+    folder = Folder(preparation.output)
+    with folder.locked():
+        if folder.has(MANIFEST):
+            yield _complete(preparation, folder)
+            return
+        folder.remove_temporaries()
+        if folder.sizes() and not folder.sizes(UNFINISHED):
+            raise ConfigError(f"{folder} exists already and holds no rows: choose another folder.")
+        try:
+            yield None
+        except BaseException as error:
+            folder.remove_temporaries()
+            kept = len(folder.sizes(UNFINISHED))
+            if not kept:
+                folder.remove()
+            elif isinstance(error, ConfigError | RunError):
+                raise type(error)(
+                    f"{error} ({kept:,} finished shards stay in {folder}: repeat the command.)"
+                ) from error
+            raise
+
+
+def _complete(preparation: Preparation, folder: Folder) -> Manifest:
+    manifest = read_manifest(preparation.output)
+    written = folder.modified(MANIFEST)
+    if manifest.inputs != preparation.inputs_key() or max(preparation.modified) > written:
+        raise ConfigError(
+            f"{folder} exists already and holds rows of other input, of older files or of other "
+            "settings: remove it or choose another folder."
+        )
+    return manifest
+
+
+def _make_parts(
+    preparation: Preparation, workers: int, on_progress: Callable[[Progress], None] | None
+) -> list[Part]:
+    numbers = range(len(preparation.parts))
+    sizes = [preparation.part_bytes(index) for index in numbers]
+    progress = Progress(sum(sizes), len(sizes))
+    parts = finished_parts(preparation)
+    for index in parts:
+        progress.end_part(sizes[index], 0)
+
+    def advance(text_bytes: int, tokens: int) -> None:
+        progress.advance(text_bytes, tokens)
+        if on_progress:
+            on_progress(progress)
+
+    missing = [index for index in numbers if index not in parts]
+    skipped = sum(len(part.skipped) for part in parts.values())
+    for index, part in run_pieces(
+        functools.partial(write_part, preparation), missing, workers, advance
+    ):
+        parts[index] = part
+        progress.end_part(sizes[index], part.text_bytes)
+        advance(0, 0)
+        skipped += len(part.skipped)
+        _check_skipped(preparation, skipped, part)
+    return [parts[index] for index in numbers]
+
+
+def _check_skipped(preparation: Preparation, skipped: int, part: Part) -> None:
+    if skipped > preparation.skip_bad:
+        raise ConfigError(
+            f"{skipped:,} unreadable records, skip_bad = {preparation.skip_bad:,} allows no more; "
+            f"the last: {part.skipped[-1]}"
+        )
+
+
+def finished_parts(preparation: Preparation) -> dict[int, Part]:
+    """The parts that an earlier attempt has finished, of the same input and settings."""
+    folder = Folder(preparation.output)
+    records = folder.read_texts(UNFINISHED)
+    shards = folder.sizes()
+    parts = {}
+    for index in range(len(preparation.parts)) if records else ():
+        record = records.get(f"{_part_name(index)}.json")
+        part = record and _read_part(preparation, index, record, shards)
+        if part:
+            parts[index] = part
+    return parts
+
+
+def _read_part(
+    preparation: Preparation, index: int, record: str, shards: Mapping[str, int]
+) -> Part | None:
+    """The part of a record, unless its input, settings or shard are no longer the same."""
+    fields = json.loads(record)
+    shard = fields.pop("shard")
+    skipped = tuple(fields.pop("skipped"))
+    part = Part(**fields, shard=Shard(**shard) if shard else None, skipped=skipped)
+    same = (part.key, part.modified) == (preparation.part_key(index), preparation.modified[index])
+    whole = part.shard is None or shards.get(part.shard.name) == part.shard.bytes
+    return part if same and whole else None
+
+
+def _part_name(index: int) -> str:
+    return f"rows-{index:05d}"
+
+
+def write_part(preparation: Preparation, index: int, advance: Advance = lambda *_: None) -> Part:
+    """Makes the shard of one part and then its record; both appear whole or not at all.
+
+    Returns at once if an earlier attempt has made them. `advance` hears of text bytes and tokens.
+    """
+    folder, name = Folder(preparation.output), f"{UNFINISHED}/{_part_name(index)}.json"
+    if folder.has(name):
+        part = _read_part(preparation, index, folder.read_text(name), folder.sizes())
+        if part:
+            return part
+    counts, bad = DocumentCounts(), BadRecords(preparation.skip_bad)
+    documents = _documents(preparation, index, counts, bad)
+    shard, tokens = write_shard(
+        folder,
+        _part_name(index) + SHARD_SUFFIX,
+        pack(_reporting(documents, counts, advance), preparation.sequence_length),
+        preparation.sequence_length,
+        preparation.vocab_size,
+    )
+    part = Part(
+        key=preparation.part_key(index),
+        modified=preparation.modified[index],
+        shard=shard,
+        tokens=tokens,
+        skipped=tuple(bad.places),
+        **dataclasses.asdict(counts),
+    )
+    folder.write_text(name, json.dumps(dataclasses.asdict(part)))
+    return part
+
+
+def _documents(
+    preparation: Preparation, index: int, counts: DocumentCounts, bad: BadRecords
+) -> Iterator[Document]:
+    tokenizer = _tokenizer(preparation.tokenizer, preparation.tokenizer_hash)
+    contents = read_documents(preparation.parts[index], preparation.corpus, bad)
+    if preparation.split != "all":
+        contents = (item for item in contents if in_split(_spelt(item), preparation.split))
+    if preparation.corpus.schema == "text":
+        return tokenize(tokenizer, cast(Iterator[str], contents), counts)
+    conversations = cast(Iterator[list[Message]], contents)
+    return chat_documents(conversations, tokenizer, preparation.sequence_length, counts)
+
+
+@functools.cache
+def _tokenizer(path: str, expected_hash: str) -> Tokenizer:
+    if tokenizer_hash(path) != expected_hash:
+        raise ConfigError(f"{path} has changed since this preparation was started.")
+    return load_tokenizer(path)
+
+
+def _spelt(content: Content) -> str:
+    return content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+
+
+def _reporting(
+    documents: Iterable[Document], counts: DocumentCounts, advance: Advance
+) -> Iterator[Document]:
+    tokens, text_bytes = 0, 0
+    for document in documents:
+        yield document
+        tokens += len(document.tokens)
+        if tokens >= REPORT_TOKENS:
+            advance(counts.text_bytes - text_bytes, tokens)
+            tokens, text_bytes = 0, counts.text_bytes
+    advance(counts.text_bytes - text_bytes, tokens)
+
+
+def finish(preparation: Preparation, parts: Sequence[Part]) -> Manifest:
+    """Writes the manifest over all `parts`, in their order, and removes what is left over.
+
+    What was skipped is listed in `skipped.txt`. ConfigError if more was skipped than `skip_bad`
+    or if there are no rows.
+    """
+    skipped = [place for part in parts for place in part.skipped]
+    for part in parts:
+        if part.skipped:
+            _check_skipped(preparation, len(skipped), part)
+    shards = tuple(part.shard for part in parts if part.shard is not None)
+    folder = Folder(preparation.output)
+    if not shards:
+        folder.remove(UNFINISHED)
+        raise ConfigError(
+            f"{folder}: there is nothing to write: no document of this split has any text."
+        )
+    manifest = Manifest(
+        source=folder.parent_name,
+        sequence_length=preparation.sequence_length,
+        vocab_size=preparation.vocab_size,
+        tokenizer_hash=preparation.tokenizer_hash,
+        dtype=token_dtype(preparation.vocab_size).name,
+        has_loss_mask=preparation.corpus.schema != "text",
+        documents=sum(part.documents for part in parts),
+        text_bytes=sum(part.text_bytes for part in parts),
+        truncated=sum(part.truncated for part in parts),
+        dropped=sum(part.dropped for part in parts),
+        skipped=len(skipped),
+        tokens=sum(part.tokens for part in parts),
+        rows=sum(shard.rows for shard in shards),
+        inputs=preparation.inputs_key(),
+        shards=shards,
+    )
+    for name in folder.sizes().keys() - {shard.name for shard in shards}:
+        if name.endswith(SHARD_SUFFIX):
+            folder.remove(name)  # of an earlier attempt with other input or settings
+    if skipped:
+        folder.write_text(SKIPPED, "\n".join(skipped) + "\n")
+    write_manifest(folder, manifest)
+    folder.remove(UNFINISHED)
+    return manifest
+
+
 def prepare_tokenizer(
-    pattern: str,
-    *,
-    file_format: str,
-    vocab_size: int,
-    output: str | os.PathLike,
-    field: str = "text",
+    pattern: str, *, corpus: Corpus, vocab_size: int, output: str | os.PathLike
 ) -> Tokenizer:
-    """Trains a byte-level BPE on the files that `pattern` matches and writes it to `output`."""
-    output = Path(output)
-    if output.exists():
-        raise ConfigError(f"{output} exists already; data may depend on it. Choose another name.")
-    tokenizer = train_tokenizer(read_texts(find_files(pattern), file_format, field), vocab_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}-{os.getpid()}")
-    tokenizer.save(str(temporary))
-    temporary.rename(output)
+    """Trains a byte-level BPE on the documents of `pattern`'s files and writes it to `output`."""
+    path = Path(output)
+    if path.exists():
+        raise ConfigError(f"{path} exists already; data may depend on it. Choose another name.")
+    spans = [span for part in plan_parts(find_files(pattern), corpus, SHARD_BYTES) for span in part]
+    contents = read_documents(spans, corpus, BadRecords(0))
+    texts = (text for content in contents for text in _texts(content))
+    tokenizer = train_tokenizer(texts, vocab_size)
+    with Folder(path.parent).writing(path.name) as temporary:
+        tokenizer.save(str(temporary))
     return tokenizer
 
 
-def describe_manifest(manifest: Manifest) -> str:
-    """What a directory of rows holds, a line each."""
-    fields = {
-        "source": manifest.source,
-        "rows": f"{manifest.rows:,} of {manifest.sequence_length:,} tokens ({manifest.dtype})",
-        "tokens": f"{manifest.tokens:,}, padding {manifest.padding_share:.2%}",
-        "documents": f"{manifest.documents:,}",
-        "text": f"{manifest.text_bytes:,} bytes, "
-        f"{manifest.text_bytes / manifest.tokens:.2f} a token",
-        "vocabulary": f"{manifest.vocab_size:,} entries, tokenizer {manifest.tokenizer_hash[:12]}…",
-        "loss mask": "stored" if manifest.has_loss_mask else "none: all tokens are learnt",
-        "shards": f"{len(manifest.shards):,}",
-    }
-    return "\n".join(f"{name:<11} {value}" for name, value in fields.items())
-
-
-def describe_rows(
-    directory: str | os.PathLike, tokenizer: str | os.PathLike, num_rows: int
-) -> Iterator[str]:
-    """The first rows as text, a string each: documents numbered, tokens to learn in ‹ ›."""
-    rows = open_rows(directory)
-    if rows.manifest.tokenizer_hash != tokenizer_hash(tokenizer):
-        raise ConfigError(f"{directory} was made with another tokenizer than {tokenizer}.")
-    loaded = load_tokenizer(tokenizer)
-    for index in range(min(num_rows, len(rows))):
-        row = rows[index]
-        parts, end = [], 0
-        for number, length in enumerate(row.segment_lengths.tolist(), 1):
-            document = slice(end, end + length)
-            mask = None if row.loss_mask is None else row.loss_mask[document]
-            parts.append(
-                f"[{number}: {length}] {_decode_marked(loaded, row.tokens[document], mask)}"
-            )
-            end += length
-        padding = rows.manifest.sequence_length - end
-        yield "\n".join([f"row {index} ({padding} tokens of padding)", *parts])
-
-
-def _decode_marked(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> str:
-    """The text of `tokens`, runs of masked ones in ‹ ›."""
-    if mask is None:
-        return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
-    borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
-    text = ""
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
-        part = tokenizer.decode(tokens[start:end].tolist(), skip_special_tokens=False)
-        text += f"‹{part}›" if mask[start] else part
-    return text
+def _texts(content: Content) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    else:
+        yield from (message["content"] for message in content)

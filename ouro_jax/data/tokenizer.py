@@ -5,16 +5,18 @@ Tokenizers are files in the Hugging Face format (`tokenizer.json`), held in memo
 characters, and only the code of this package places special tokens.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ouro_jax.config import ConfigError
+from ouro_jax.data.folder import Folder
 from ouro_jax.data.packing import Document
-from ouro_jax.data.rows import DocumentCounts, file_sha256
+from ouro_jax.data.rows import DocumentCounts
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # What other tokenizers call the token after a document, tried in this order.
@@ -60,10 +62,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Reads a `tokenizer.json`; ConfigError if it is missing or unreadable."""
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such tokenizer file.")
+    content = _read(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"{path}: not a readable tokenizer.json ({error}).") from error
     tokenizer.no_truncation()
@@ -73,9 +74,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 def tokenizer_hash(path: str | os.PathLike) -> str:
     """SHA-256 of the tokenizer file: what manifests name their tokenizer by."""
-    if not Path(path).is_file():
+    return hashlib.sha256(_read(path)).hexdigest()
+
+
+def _read(path: str | os.PathLike) -> bytes:
+    folder, _, name = os.fspath(path).rpartition("/")
+    folder = Folder(folder or ".")
+    if not folder.has(name):
         raise ConfigError(f"{path}: no such tokenizer file.")
-    return file_sha256(Path(path))
+    return folder.read_bytes(name)
 
 
 def _literal(tokenizer: Tokenizer) -> Tokenizer:
@@ -108,13 +115,30 @@ def tokenize(
 ) -> Iterator[Document]:
     """Each text as a document that ends with the end-of-text token; empty texts are dropped."""
     end = end_of_text_id(tokenizer)
-    for chunk in _chunks(text for text in texts if text):
-        for text, encoding in zip(
-            chunk, tokenizer.encode_batch_fast(chunk, add_special_tokens=False), strict=True
-        ):
+    for chunk, encodings in encode_ahead(tokenizer, (text for text in texts if text)):
+        for text, encoding in zip(chunk, encodings, strict=True):
             counts.documents += 1
             counts.text_bytes += len(text.encode())
             yield Document(np.array([*encoding.ids, end], np.int32))
+
+
+def encode_ahead(
+    tokenizer: Tokenizer, texts: Iterable[str]
+) -> Iterator[tuple[list[str], list[Encoding]]]:
+    """Texts in chunks with their encodings; the next chunk is encoded while this one is used."""
+
+    def encode_chunk(chunk: list[str]) -> tuple[list[str], list[Encoding]]:
+        return chunk, tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+
+    with ThreadPoolExecutor(1) as thread:
+        current = None
+        for chunk in _chunks(texts):
+            following = thread.submit(encode_chunk, chunk)
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -1,22 +1,33 @@
-"""A user's own files become rows a mixture can read; every bad file is named with its line."""
+"""A corpus becomes the same rows whatever happens on the way; what cannot be read is named."""
 
+import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ouro_jax.config import ConfigError
+from ouro_jax.data.corpus import Corpus
+from ouro_jax.data.folder import Folder
 from ouro_jax.data.mixture import open_mixture
 from ouro_jax.data.prepare import (
-    describe_manifest,
-    describe_rows,
-    find_files,
+    Progress,
+    plan_preparation,
     prepare,
     prepare_tokenizer,
-    read_texts,
+    write_part,
 )
-from ouro_jax.data.rows import verify_rows
+from ouro_jax.data.rows import open_rows, read_manifest, verify_rows
+from ouro_jax.data.show import describe_manifest, describe_rows
 
 TEXTS = [f"Document {i}: " + "the quick brown fox, é. " * (i % 5) for i in range(200)]
+BODY = Corpus(field="body")
 
 
 @pytest.fixture
@@ -29,29 +40,33 @@ def corpus(tmp_path):
         (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n\n")
     pattern = str(tmp_path / "texts" / "**" / "*.jsonl")
     prepare_tokenizer(
-        pattern,
-        file_format="jsonl",
-        vocab_size=280,
-        output=tmp_path / "root" / "tokenizer.json",
-        field="body",
+        pattern, corpus=BODY, vocab_size=280, output=tmp_path / "root" / "tokenizer.json"
     )
     return pattern
 
 
-def prepare_split(tmp_path, corpus, split, **options):
-    return prepare(
-        corpus,
-        file_format="jsonl",
-        tokenizer=tmp_path / "root" / "tokenizer.json",
-        sequence_length=32,
-        output=tmp_path / "root" / "own" / f"{split}-32",
-        split=split,
-        **{"field": "body", **options},
+def plan(tmp_path, pattern, split="all", **options: Any):
+    return plan_preparation(
+        pattern,
+        **{
+            "tokenizer": tmp_path / "root" / "tokenizer.json",
+            "sequence_length": 32,
+            "output": tmp_path / "root" / "own" / f"{split}-32",
+            "split": split,
+            "corpus": BODY,
+            **options,
+        },
     )
 
 
+def contents(directory):
+    """Every file of a folder, hidden ones too, with its bytes."""
+    paths = (path for path in Path(directory).rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
 def test_own_text_becomes_rows_that_a_mixture_reads(tmp_path, corpus):
-    train, heldout = (prepare_split(tmp_path, corpus, split) for split in ("train", "heldout"))
+    train, heldout = (prepare(plan(tmp_path, corpus, split)) for split in ("train", "heldout"))
     assert (train.source, train.documents + heldout.documents) == ("own", len(TEXTS))
     assert train.text_bytes + heldout.text_bytes == sum(len(text.encode()) for text in TEXTS)
     assert 0 < heldout.documents < 30
@@ -62,8 +77,169 @@ def test_own_text_becomes_rows_that_a_mixture_reads(tmp_path, corpus):
     assert mixture.read(0, 4).tokens_BL.shape == (4, 32)
 
 
+def test_neither_workers_nor_places_change_a_byte(tmp_path, corpus):
+    made = {
+        workers: prepare(
+            plan(tmp_path, corpus, output=tmp_path / str(workers) / "own" / "a", shard_bytes=1500),
+            workers,
+        )
+        for workers in (1, 2, 3)
+    }
+    assert len(made[1].shards) > 5
+    prepare(plan(tmp_path, corpus, output="memory://made/own/a", shard_bytes=1500))
+    expected = contents(tmp_path / "1")
+    assert contents(tmp_path / "2") == contents(tmp_path / "3") == expected
+    remote = Folder("memory://made/own/a")
+    assert {f"own/a/{name}": remote.read_bytes(name) for name in remote.sizes()} == expected
+
+
+def test_documents_are_all_there_once_and_whole(tmp_path, corpus):
+    prepare(plan(tmp_path, corpus, shard_bytes=1500, sequence_length=64))
+    shown = "".join(describe_rows(tmp_path / "root/own/all-32", tmp_path / "root/tokenizer.json",
+                                  10**6))  # fmt: skip
+    for text in TEXTS:  # 64 tokens hold each of them
+        assert shown.count(f"] {text}<|endoftext|>") == 1
+
+
+def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, corpus):
+    whole = plan(tmp_path, corpus, output=tmp_path / "whole" / "own" / "rows", shard_bytes=1500)
+    killed = dataclasses.replace(whole, output=str(tmp_path / "killed" / "own" / "rows"))
+    prepare(whole)
+    script = tmp_path / "prepare.py"
+    script.write_text(f"""
+import time
+from pathlib import Path
+from ouro_jax.data.corpus import *
+from ouro_jax.data.prepare import *
+def slowly(progress):
+    time.sleep(0.05)
+if __name__ == "__main__":
+    prepare({killed!r}, 1, slowly)
+""")
+    folder = Folder(killed.output)
+    for finished in (1, 4):
+        run = subprocess.Popen(
+            [sys.executable, script],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        while len(folder.sizes("unfinished")) < finished:
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        with pytest.raises(ConfigError, match="no manifest.json: .* unfinished"):
+            open_rows(killed.output)
+    (first, *_) = Path(killed.output).glob("rows-*")
+    written = first.stat().st_mtime_ns
+    heard: list[Progress] = []
+    prepare(killed, 2, lambda progress: heard.append(dataclasses.replace(progress)))
+    assert contents(killed.output) == contents(whole.output)
+    assert first.stat().st_mtime_ns == written
+    assert heard[0].done_parts >= 4 and heard[-1].done_parts == len(whole.parts)
+    assert heard[-1].done_bytes == heard[-1].total_bytes
+
+
+def test_a_finished_folder_is_left_alone_unless_its_input_is_another(tmp_path, corpus):
+    manifest = prepare(plan(tmp_path, corpus))
+    before = contents(tmp_path / "root")
+    assert prepare(plan(tmp_path, corpus)) == manifest
+    changes: list[dict[str, Any]] = [{"sequence_length": 16}, {"corpus": Corpus(field="text")}]
+    for change in changes:
+        with pytest.raises(ConfigError, match="all-32 exists already and holds rows of other"):
+            prepare(plan(tmp_path, corpus, **change))
+    later = time.time() + 10
+    os.utime(tmp_path / "texts" / "deep" / "1.jsonl", (later, later))
+    with pytest.raises(ConfigError, match="exists already"):
+        prepare(plan(tmp_path, corpus))
+    assert contents(tmp_path / "root") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="mine exists already and holds no rows"):
+        prepare(plan(tmp_path, corpus, output=tmp_path / "mine"))
+    assert list(contents(tmp_path / "mine")) == ["thesis.tex"]
+
+
+def test_shards_of_changed_input_are_made_again(tmp_path, corpus):
+    old, new = plan(tmp_path, corpus, shard_bytes=1500), None
+    for index in range(3):
+        write_part(old, index)
+    first = tmp_path / "texts" / "deep" / "0.jsonl"
+    first.write_text(first.read_text().replace("fox", "cat"))
+    new = plan(tmp_path, corpus, shard_bytes=1500)
+    prepare(new)
+    prepare(dataclasses.replace(new, output=str(tmp_path / "again" / "rows")))
+    names = contents(tmp_path / "again" / "rows").keys() - {"manifest.json"}
+    assert names and all(
+        contents(new.output)[name] == contents(tmp_path / "again" / "rows")[name] for name in names
+    )
+
+
+def test_two_writers_are_refused(tmp_path, corpus):
+    preparation = plan(tmp_path, corpus)
+    with Folder(preparation.output).locked():
+        with pytest.raises(ConfigError, match="another process is writing there"):
+            prepare(preparation)
+    prepare(preparation)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b'{"text": "a"}\n{"text": \n', r"bad.jsonl, line 2: broken JSON \(Expecting value"),
+        (b'{"text": "a"}\n\n{"tekst": "b"}', r"line 3: no field 'text'.*Did you mean 'tekst'\?"),
+        (b'{"text": 7}', "line 1: field 'text' is no text but int"),
+        (b'["text"]', "line 1: expected an object with the field 'text'"),
+        (b'{"text": "a"}\n{"text": "\xff"}', "bad.jsonl, line 2: not UTF-8"),
+        (b'{"text": "\\ud800"}', "line 1: field 'text' is no valid Unicode"),
+        (b'{"text": ""}', "nothing to write"),
+    ],
+)
+def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, corpus, content, error):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=error):
+        prepare(plan(tmp_path, str(tmp_path / "bad.jsonl"), corpus=Corpus()))
+    assert list(contents(tmp_path / "root")) == ["tokenizer.json"]
+
+
+def test_a_late_failure_keeps_the_finished_shards(tmp_path, corpus):
+    with (tmp_path / "texts" / "deep" / "1.jsonl").open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(ConfigError, match="1.jsonl, line 102: broken.*11 finished shards stay"):
+        prepare(plan(tmp_path, corpus, shard_bytes=1500))
+    folder = Folder(tmp_path / "root" / "own" / "all-32")
+    assert len([name for name in folder.sizes() if name.endswith("array_record")]) == 11
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_unreadable_records_are_skipped_within_a_bound_and_counted(tmp_path, corpus, workers):
+    for part in range(2):
+        path = tmp_path / "texts" / "deep" / f"{part}.jsonl"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:50], "{broken", *lines[50:], '{"text": 1}']))
+    for allowed in (0, 3):
+        with pytest.raises(ConfigError, match=r"[01].jsonl, line (51|103)"):
+            prepare(plan(tmp_path, corpus, shard_bytes=1500, skip_bad=allowed), workers)
+    manifest = prepare(plan(tmp_path, corpus, shard_bytes=1500, skip_bad=4), workers)
+    assert (manifest.documents, manifest.skipped) == (len(TEXTS), 4)
+    skipped = (tmp_path / "root" / "own" / "all-32" / "skipped.txt").read_text().splitlines()
+    assert [line.split(":")[0].rpartition("/")[2] for line in skipped] == [
+        f"{part}.jsonl, line {line}" for part in range(2) for line in (51, 103)
+    ]
+    assert "4 unreadable records skipped" in describe_manifest(manifest)
+
+
+def test_conversations_keep_their_loss_mask(tmp_path, corpus):
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    chat = plan(tmp_path, str(tmp_path / "chat.jsonl"), corpus=Corpus(schema="messages"))
+    manifest = prepare(dataclasses.replace(chat, sequence_length=128))
+    (row,) = open_rows(chat.output)
+    assert manifest.has_loss_mask and row.loss_mask is not None
+    assert row.loss_mask.sum() == 2  # the answer and the token that ends it
+
+
 def test_rows_are_shown_as_text(tmp_path, corpus, embedded_root):
-    manifest = prepare_split(tmp_path, corpus, "all")
+    manifest = prepare(plan(tmp_path, corpus))
     directory, tokenizer = tmp_path / "root" / "own" / "all-32", tmp_path / "root/tokenizer.json"
     text = describe_manifest(manifest)
     assert "own" in text and f"{manifest.tokens:,}" in text
@@ -76,48 +252,28 @@ def test_rows_are_shown_as_text(tmp_path, corpus, embedded_root):
     assert "<|im_start|>assistant\n‹" in chat and chat.count("‹") == chat.count("›")
 
 
-def test_text_files_are_a_document_each(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo")
-    (tmp_path / "b.txt").write_text("three")
-    assert list(read_texts(find_files(str(tmp_path / "*.txt")), "text")) == ["one\ntwo", "three"]
-
-
-@pytest.mark.parametrize(
-    ("content", "error"),
-    [
-        (b'{"text": "a"}\n{"text": \n', r"bad.jsonl, line 2: broken JSON \(Expecting value"),
-        (b'{"text": "a"}\n\n{"tekst": "b"}', r"line 3: no field 'text'.*Did you mean 'tekst'\?"),
-        (b'{"text": 7}', "line 1: field 'text' is no text but int"),
-        (b'["text"]', "line 1: expected an object with the field 'text'"),
-        (b'{"text": "a"}\n{"text": "\xff"}', "bad.jsonl, line 2: not UTF-8"),
-        (b'{"text": "\\ud800"}', "line 1: field 'text' is no valid Unicode"),
-    ],
-)
-def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, corpus, content, error):
-    (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(ConfigError, match=error):
-        prepare_split(tmp_path, str(tmp_path / "bad.jsonl"), "all", field="text")
-    assert [path.name for path in (tmp_path / "root").rglob("*")] in (
-        ["tokenizer.json"], ["own", "tokenizer.json"], ["tokenizer.json", "own"],
-    )  # fmt: skip
-
-
 def test_other_mistakes_are_named(tmp_path, corpus):
-    with pytest.raises(ConfigError, match="bad.txt, line 2: not UTF-8"):
-        (tmp_path / "bad.txt").write_bytes(b"fine\n\xe9")
-        list(read_texts([tmp_path / "bad.txt"], "text"))
-    with pytest.raises(ConfigError, match="input = .*matches at least one file"):
-        find_files(str(tmp_path / "*.parquet"))
-    with pytest.raises(ConfigError, match="format = 'json'.*Did you mean 'jsonl'"):
-        list(read_texts([], "json"))
     with pytest.raises(ConfigError, match="split = 'test'"):
-        prepare_split(tmp_path, corpus, "test")
-    with pytest.raises(ConfigError, match="missing.txt: cannot be read"):
-        list(read_texts([tmp_path / "missing.txt"], "text"))
+        plan(tmp_path, corpus, "test")
+    wrong: dict[str, Any] = {"sequence_length": 1, "shard_bytes": 0, "skip_bad": -1}
+    for key, value in wrong.items():
+        with pytest.raises(ConfigError, match=f"{key} = {value}"):
+            plan(tmp_path, corpus, **{key: value})
+    with pytest.raises(ConfigError, match="workers = 0"):
+        prepare(plan(tmp_path, corpus), 0)
     with pytest.raises(ConfigError, match="tokenizer.json exists already"):
         prepare_tokenizer(
-            corpus,
-            file_format="jsonl",
-            vocab_size=280,
-            output=tmp_path / "root" / "tokenizer.json",
+            corpus, corpus=BODY, vocab_size=280, output=tmp_path / "root" / "tokenizer.json"
         )
+    other = plan(tmp_path, corpus)
+    tokenizer = tmp_path / "root" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    with pytest.raises(ConfigError, match="tokenizer.json has changed since"):
+        prepare(other)
+
+
+def test_the_manifest_can_be_read_without_the_shards(tmp_path, corpus):
+    manifest = prepare(plan(tmp_path, corpus))
+    for shard in (tmp_path / "root" / "own" / "all-32").glob("*.array_record"):
+        shard.unlink()
+    assert read_manifest(tmp_path / "root" / "own" / "all-32") == manifest

@@ -1,0 +1,44 @@
+"""What `ouro data prepare` shows while it works: bytes, shards, tokens a second, time left."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Callable[[Any], None]]:
+    """Yields what `data.prepare.prepare` takes as `on_progress`; on stderr, in a terminal only."""
+    columns = (
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TextColumn("{task.fields[shards]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, shards="starting", speed="")
+
+        def show(progress: Any) -> None:
+            elapsed = bar.tasks[0].elapsed or 0
+            speed = f"{progress.tokens / elapsed:,.0f} tokens/s" if elapsed else ""
+            bar.update(
+                task,
+                total=progress.total_bytes,
+                completed=progress.done_bytes,
+                shards=f"shard {progress.done_parts:,} of {progress.num_parts:,}",
+                speed=speed,
+            )
+
+        yield show
