@@ -31,6 +31,7 @@ EXTRAS = {
         "pyarrow>=17",  # Parquet, and the Arrow files of Hugging Face datasets
         "zstandard>=0.23",  # corpora compressed with zstd
         "gcsfs>=2025.3",  # gs:// paths by fsspec
+        "apache-beam>=2.77",  # `ouro data prepare` on more than one machine
     ],
     "serve": ["uvicorn>=0.30", "starlette>=0.40"],  # HTTP
     "dev": [

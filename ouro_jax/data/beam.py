@@ -1,0 +1,93 @@
+"""The preparation of a corpus as an Apache Beam pipeline: on Dataflow, Flink, Spark or here.
+
+Every element is the number of a part; a worker makes that part's shard and record, as a local
+worker does, so the rows are the same. Input, tokenizer and output have to be paths that all
+workers reach. What a worker has to say goes through the output folder: no runner brings results
+back to the program that started it.
+"""
+
+import os
+from collections.abc import Sequence
+
+from ouro_jax.config import ConfigError, RunError
+from ouro_jax.data.folder import Folder
+from ouro_jax.data.prepare import (
+    Manifest,
+    Preparation,
+    finish,
+    finished_parts,
+    preparing,
+    write_part,
+)
+
+FAILED = "failed"
+
+
+def prepare_with_beam(preparation: Preparation, pipeline_args: Sequence[str]) -> Manifest:
+    """Makes the shards that are not there yet by a Beam pipeline and writes the manifest.
+
+    `pipeline_args` are Beam's own flags (`--runner=DataflowRunner`, …); without any the pipeline
+    runs in this process. Repeated, it continues with the finished shards. Raises ConfigError if
+    Beam is not installed, does not know the runner, or the input is bad, and RunError if the
+    pipeline ended without all shards.
+    """
+    with preparing(preparation) as manifest:
+        if manifest:
+            return manifest
+        folder = Folder(preparation.output)
+        folder.remove(FAILED)
+        state = _run_pipeline(preparation, pipeline_args)
+        failures = folder.read_texts(FAILED)
+        folder.remove(FAILED)
+        if failures:
+            raise ConfigError(next(iter(failures.values())))
+        parts = finished_parts(preparation)
+        missing = len(preparation.parts) - len(parts)
+        if missing:
+            raise RunError(
+                f"{folder}: the pipeline ended ({state}) without {missing:,} of "
+                f"{len(preparation.parts):,} shards."
+            )
+        return finish(preparation, [parts[index] for index in sorted(parts)])
+
+
+def _run_pipeline(preparation: Preparation, pipeline_args: Sequence[str]) -> str:
+    """Runs it to its end and returns the runner's word for how it ended."""
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise ConfigError(f"beam: {error}. Run pip install 'ouro_jax[data]'.") from error
+    try:
+        pipeline = beam.Pipeline(options=PipelineOptions(list(pipeline_args)))
+    except ValueError as error:  # an unknown runner, or flags that its runner refuses
+        raise ConfigError(f"beam = {' '.join(pipeline_args)!r}: {error}") from error
+    _ = (
+        pipeline
+        | "parts" >> beam.Create(range(len(preparation.parts)))
+        | "spread" >> beam.Reshuffle()
+        | "write" >> beam.Map(_write_part, preparation)
+    )
+    return str(pipeline.run().wait_until_finish())
+
+
+def _write_part(index: int, preparation: Preparation) -> None:
+    """Makes a part on a worker, where tokens and bytes are counted for the runner's display.
+
+    Bad input is noted, not raised: a runner would try it again, in vain, and bury the message.
+    """
+    from apache_beam.metrics import Metrics
+
+    def advance(text_bytes: int, tokens: int) -> None:
+        Metrics.counter("ouro_jax", "text_bytes").inc(text_bytes)
+        Metrics.counter("ouro_jax", "tokens").inc(tokens)
+
+    folder = Folder(preparation.output)
+    if folder.sizes(FAILED):
+        return  # another part has failed, so the pipeline may end
+    # Runners start a process per core; threads inside each would get in each other's way.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        write_part(preparation, index, advance)
+    except ConfigError as error:
+        folder.write_text(f"{FAILED}/{index:08d}", str(error))
