@@ -183,25 +183,39 @@ def read_documents(spans: Iterable[Span], corpus: Corpus, bad: BadRecords) -> It
     damaged what comes before is read, and the rest is one bad record. ConfigError at once for
     missing files, Parquet without the column and files that are not of the format.
     """
+    return (content for _, content in _read(spans, corpus, corpus.fields, bad))
+
+
+def read_records(
+    spans: Iterable[Span], corpus: Corpus, bad: BadRecords
+) -> Iterator[tuple[Mapping[str, Any], Content]]:
+    """The same documents, each after the record that it is from, with all the record's fields."""
+    return _read(spans, corpus, corpus.fields._replace(others=True), bad)
+
+
+def _read(
+    spans: Iterable[Span], corpus: Corpus, fields: Fields, bad: BadRecords
+) -> Iterator[tuple[Mapping[str, Any], Content]]:
     for span in spans:
-        reader = READERS[corpus.file_format](span, corpus.fields)
+        reader = READERS[corpus.file_format](span, fields)
         last = None
         try:
             for last, raw in reader:
                 try:
-                    content = _content(reader.parse(raw), corpus)
+                    record = reader.parse(raw)
+                    content = _content(record, corpus)
                 except ConfigError as error:
                     number = last + (error.line if isinstance(error, NotUtf8) else 0)
                     bad.add(ConfigError(f"{reader.place(number)}: {error}"))
                 else:
-                    yield content
+                    yield record, content
         except BrokenFile as error:
             place = reader.place(reader.first if last is None else last + 1)
             bad.add(ConfigError(f"{place}: the file is cut off or damaged here ({error})."))
 
 
 def _content(record: Any, corpus: Corpus) -> Content:
-    required, optional = corpus.fields
+    required, optional = corpus.fields[:2]
     if not isinstance(record, Mapping):
         raise ConfigError(f"expected an object with the field {required[0]!r}.")
     for name in required:

@@ -39,10 +39,11 @@ class Span:
 
 
 class Fields(NamedTuple):
-    """The fields of a record that are read: those it must have and those it may have."""
+    """The fields of a record that are read: those it must have, may have, or all there are."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    others: bool = False
 
 
 class NotUtf8(ConfigError):
@@ -232,6 +233,8 @@ def _columns(path: str, names: Sequence[str], fields: Fields) -> list[str]:
             raise ConfigError(
                 f"{path}: no column {name!r}; there are {', '.join(names)}.{nearest(name, names)}"
             )
+    if fields.others:
+        return list(names)
     return [*fields.required, *(name for name in fields.optional if name in names)]
 
 
