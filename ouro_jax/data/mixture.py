@@ -9,6 +9,7 @@ each source may go on from where other stages left it.
 
 import hashlib
 import os
+import resource
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ import numpy as np
 from ouro_jax.config import ConfigError, nearest
 from ouro_jax.data.batch import Batch, batch_from_rows
 from ouro_jax.data.interleave import Interleave
-from ouro_jax.data.rows import MANIFEST, Manifest, Row, RowSource, open_rows
+from ouro_jax.data.rows import MANIFEST, OPEN_SHARDS, Manifest, Row, RowSource, open_rows
 from ouro_jax.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_hash
 
 # Grain seeds epoch e of a shuffle with seed + e: with seeds this far apart, no two sources share
@@ -30,6 +31,8 @@ from ouro_jax.data.tokenizer import load_tokenizer, token_byte_lengths, tokenize
 SEED_SPACING = 1 << 16
 PREFETCH_STEPS = 4
 READ_THREADS = 2
+# Open files that are left to all but shards: checkpoints, logs, libraries, sockets of the hosts.
+OTHER_FILES = 512
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,8 @@ def open_mixture(
     `other_sources` names those that are not in this one.
 
     Raises ConfigError if the weights do not sum to one, a source or rows of this length are
-    missing, or the rows were made with another tokenizer than `root/tokenizer.json` or for
-    another vocabulary than `expected_vocab_size`.
+    missing, the rows were made with another tokenizer than `root/tokenizer.json` or for another
+    vocabulary than `expected_vocab_size`, or the system allows too few open files.
     """
     if any(weight < 0 for weight in weights.values()) or abs(sum(weights.values()) - 1) > 1e-6:
         raise ConfigError(
@@ -180,8 +183,23 @@ def open_mixture(
         for name, weight in weights.items()
         if weight > 0
     }
+    _allow_open_files(sum(min(len(s.manifest.shards), OPEN_SHARDS) for s in sources.values()))
     seeds = source_seeds({*sources, *other_sources}, seed)
     return Mixture(sources, Interleave(weights, skip_rows), seeds, first_rows)
+
+
+def _allow_open_files(shards: int) -> None:
+    """Raises the limit of open files for this process; usual is 1,024, which two sources pass."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = shards + OTHER_FILES
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ConfigError(
+            f"The sources of the mixture keep up to {shards:,} shards open, and with all else that "
+            f"takes {needed:,} open files; the system allows {hard:,}. Raise the limit "
+            f"(`ulimit -Hn {needed}`), or prepare the data in fewer, larger shards."
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def open_source(

@@ -1,6 +1,7 @@
 """Rows by number: the same on any number of hosts, shares exact, epochs whole, errors clear."""
 
 import contextlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,25 @@ def test_data_of_another_tokenizer_or_none_is_refused(embedded_root, tmp_path):
     shutil.copy(embedded_root / "tokenizer.json", root)
     with pytest.raises(ConfigError, match="rows have 64 tokens, the folder's name says 32"):
         open_source(root, "math", "train", 32)
+
+
+@pytest.mark.parametrize(("limits", "set_to"), [
+    ((1024, 4096), None), ((100, 4096), (515, 4096)), ((100, -1), (515, -1)), ((-1, -1), None),
+])  # fmt: skip
+def test_the_limit_of_open_files_is_raised_where_shards_need_it(
+    embedded_root, monkeypatch, limits, set_to
+):
+    raised = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: raised.append(both))
+    open_mixture(embedded_root, WEIGHTS, sequence_length=64, seed=0)  # three sources of one shard
+    assert raised == ([set_to] if set_to else [])
+
+
+def test_a_system_that_allows_too_few_open_files_is_refused(embedded_root, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 256))
+    with pytest.raises(ConfigError, match=r"515 open files; the system allows 256.*ulimit -Hn 515"):
+        open_mixture(embedded_root, WEIGHTS, sequence_length=64, seed=0)
 
 
 def test_a_batch_that_the_hosts_cannot_share_is_refused(mixture):
