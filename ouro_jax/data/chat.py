@@ -4,8 +4,9 @@
 texts are tokenised apart from the special tokens, so no text can forge a turn.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,11 +14,49 @@ from tokenizers import Tokenizer
 from ouro_jax.config import ConfigError, require_choice
 from ouro_jax.data.packing import Document
 from ouro_jax.data.rows import DocumentCounts
-from ouro_jax.data.tokenizer import IM_END, IM_START, encode, end_of_text_id, special_id
+from ouro_jax.data.tokenizer import (
+    IM_END,
+    IM_START,
+    encode,
+    encode_ahead,
+    end_of_text_id,
+    special_id,
+)
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 Message = Mapping[str, str]
+Turn = tuple[str, str]  # role, text
+
+
+class _Template(NamedTuple):
+    """The ids around a message's text: before it, by role, and after it."""
+
+    heads: Mapping[str, list[int]]
+    end: int
+    newline: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "_Template":
+        """The template in the ids of `tokenizer`; ConfigError if it has no chat tokens."""
+        start = special_id(tokenizer, IM_START)
+        heads = {role: [start, *encode(tokenizer, f"{role}\n")] for role in ROLES}
+        return cls(heads, special_id(tokenizer, IM_END), encode(tokenizer, "\n"))
+
+    def render(self, turns: Iterable[tuple[str, list[int]]]) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation of (role, ids of the text), and which the assistant wrote."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for role, text in turns:
+            head = self.heads[role]
+            ids += head
+            ids += text
+            ids.append(self.end)
+            ids += self.newline
+            mask += [False] * len(head)
+            mask += [role == "assistant"] * (len(text) + 1)
+            mask += [False] * len(self.newline)
+        return ids, mask
 
 
 def render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
@@ -27,17 +66,8 @@ def render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list
     `<|im_end|>` that ends them: the tokens a model has to produce. ConfigError for a message of
     another form or a tokenizer without the two chat tokens.
     """
-    start, end = special_id(tokenizer, IM_START), special_id(tokenizer, IM_END)
-    newline = encode(tokenizer, "\n")
-    ids: list[int] = []
-    mask: list[bool] = []
-    for index, message in enumerate(messages):
-        role, text = _read_message(message, index)
-        head = [start, *encode(tokenizer, f"{role}\n")]
-        body = [*encode(tokenizer, text), end]
-        ids += head + body + newline
-        mask += [False] * len(head) + [role == "assistant"] * len(body) + [False] * len(newline)
-    return ids, mask
+    turns = [(role, encode(tokenizer, text)) for role, text in _read_turns(messages)]
+    return _Template.of(tokenizer).render(turns)
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
@@ -46,7 +76,11 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
     return render_chat(messages, tokenizer)[0] + head
 
 
-def _read_message(message: Message, index: int) -> tuple[str, str]:
+def _read_turns(messages: Sequence[Message]) -> list[Turn]:
+    return [_read_message(message, index) for index, message in enumerate(messages)]
+
+
+def _read_message(message: Message, index: int) -> Turn:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise ConfigError(f"message {index}: expected an object with role and content.")
     for key in ("role", "content"):
@@ -77,8 +111,8 @@ def read_messages(value: Any) -> list[Message]:
 def question_messages(question: str, answer: str, thought: str = "") -> list[Message]:
     """A question and its answer as a conversation; a thought comes before the answer.
 
-    It is written as the published Thinking models write theirs, whose generation prompt ends with
-    `<think>` and a newline.
+    The thought is put as the published Thinking models put theirs, whose generation prompt ends
+    in `<think>` and a newline. All texts are taken as they are.
     """
     reasoning = f"<think>\n{thought}\n</think>\n\n" if thought else ""
     return [
@@ -96,14 +130,41 @@ def chat_documents(
     """Conversations as documents with loss masks, each ended by the end-of-text token.
 
     A conversation longer than `sequence_length` is cut there: a later piece would be answers
-    whose question is gone. Conversations without messages are dropped.
+    whose question is gone. It is dropped if no word of the assistant is in what is left. The
+    bytes counted are those of whole conversations, cut ones too.
     """
-    end = end_of_text_id(tokenizer)
-    for messages in conversations:
-        if not messages:
+    end, template = end_of_text_id(tokenizer), _Template.of(tokenizer)
+    for turns, encoded in _encode(conversations, tokenizer):
+        ids, mask = template.render(encoded)
+        if not any(mask[:sequence_length]):
+            counts.dropped += 1
             continue
-        ids, mask = render_chat(messages, tokenizer)
         counts.documents += 1
-        counts.text_bytes += sum(len(message["content"].encode()) for message in messages)
+        counts.truncated += len(ids) >= sequence_length
+        counts.text_bytes += sum(len(text.encode()) for _, text in turns)
         tokens = np.array([*ids, end], np.int32)[:sequence_length]
         yield Document(tokens, np.array([*mask, False])[:sequence_length])
+
+
+def _encode(
+    conversations: Iterable[Sequence[Message]], tokenizer: Tokenizer
+) -> Iterator[tuple[list[Turn], list[tuple[str, list[int]]]]]:
+    """The turns of each conversation with (role, ids) of each, encoded many at once."""
+    waiting: deque[list[Turn]] = deque()
+
+    def texts() -> Iterator[str]:
+        for messages in conversations:
+            turns = _read_turns(messages)
+            waiting.append(turns)
+            yield from (text for _, text in turns)
+
+    encoded: list[tuple[str, list[int]]] = []
+    for _, encodings in encode_ahead(tokenizer, texts()):
+        for encoding in encodings:
+            while len(encoded) == len(waiting[0]):
+                yield waiting.popleft(), encoded
+                encoded = []
+            encoded.append((waiting[0][len(encoded)][0], encoding.ids))
+    for turns in waiting:
+        yield turns, encoded
+        encoded = []

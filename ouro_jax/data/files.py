@@ -79,9 +79,9 @@ def _files(system: Any, path: str) -> list[File]:
 
 
 def _modified(info: Mapping[str, Any]) -> float:
-    """0 where the file system does not say it."""
-    time = next((info[key] for key in _MODIFIED if key in info), None)
-    return time.timestamp() if time else 0.0
+    """Unix seconds; 0 where the file system does not say it."""
+    time = next((info[key] for key in _MODIFIED if key in info), 0.0)
+    return time if isinstance(time, float) else time.timestamp()
 
 
 @contextlib.contextmanager
