@@ -7,6 +7,7 @@ no use can be named and left out, and the next one be read.
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -169,8 +170,9 @@ class ArrowRows:
         error_type = library("pyarrow", self._span.path).ArrowException
         with open_file(self._span.path) as raw:
             try:
+                batches = self._batches(raw)
                 number = self.first
-                for batch in self._batches(raw):
+                for batch in batches:
                     for row in zip(*(batch.column(name) for name in self._columns), strict=True):
                         yield number, row
                         number += 1
@@ -205,9 +207,14 @@ class ParquetRows(ArrowRows):
         span = self._span
         file = _open_parquet(raw, span.path)
         groups = range(span.start, span.stop or file.num_row_groups)
+        # One by one: a batch over two groups would be lost whole where the second is damaged.
+        batches = (
+            file.iter_batches(ARROW_BATCH, row_groups=[group], columns=self._columns)
+            for group in groups
+        )
         self.first = sum(file.metadata.row_group(index).num_rows for index in range(span.start))
         self._columns = _columns(span.path, file.schema_arrow.names, self._fields)
-        return file.iter_batches(ARROW_BATCH, row_groups=groups, columns=self._columns)
+        return itertools.chain.from_iterable(batches)
 
 
 def row_group_sizes(path: str, fields: Fields) -> list[int]:
