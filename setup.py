@@ -33,6 +33,7 @@ EXTRAS = {
         "gcsfs>=2025.3",  # gs:// paths by fsspec
         "apache-beam>=2.77",  # `ouro data prepare` on more than one machine
     ],
+    "clean": ["datasketch>=2"],  # MinHash: near duplicates in a corpus
     "serve": ["uvicorn>=0.30", "starlette>=0.40"],  # HTTP
     "dev": [
         "pytest>=8",  # the tests

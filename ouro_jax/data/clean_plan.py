@@ -1,0 +1,103 @@
+"""What a cleaning reads, what it writes where, and by which rules."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+
+from ouro_jax.config import ConfigError, require
+from ouro_jax.data.corpus import Corpus, Span, plan_parts
+from ouro_jax.data.files import File, file_system, find_files
+from ouro_jax.data.fingerprints import datasketch
+
+PART_BYTES = 1 << 28  # 256 MiB of input are about half a minute of one core
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """All that decides what is kept; `outputs` and `sources` are by the path of an input file."""
+
+    output: str
+    corpus: Corpus
+    similarity: float
+    skip_bad: int
+    files: tuple[File, ...]
+    against: tuple[File, ...]
+    parts: tuple[tuple[Span, ...], ...]
+    outputs: Mapping[str, str]
+    sources: Mapping[str, str]
+
+    def key(self) -> str:
+        """A hash of it all but the output; of file contents, their sizes and times."""
+        settings = {**asdict(self), "output": ""}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def plan_cleaning(
+    pattern: str,
+    *,
+    output: str | os.PathLike,
+    corpus: Corpus,
+    against: str = "",
+    similarity: float = 0.8,
+    skip_bad: int = 0,
+    part_bytes: int = PART_BYTES,
+) -> Cleaning:
+    """Finds the input files and the evaluation sets, and decides where everything goes.
+
+    `against` are JSONL files (none: nothing is checked): every text anywhere in their records
+    counts. `similarity` is the least Jaccard similarity of near duplicates. A document's source
+    is the first folder below the part of `pattern` without wildcards, or else its file's name.
+    """
+    require(0 < similarity <= 1, "similarity", similarity, "above 0, at most 1")
+    require(skip_bad >= 0, "skip_bad", skip_bad, "0 or more")
+    datasketch()
+    files = find_files(pattern)
+    parts = tuple(plan_parts(files, corpus, part_bytes))
+    system, bare = file_system(pattern)
+    root = _fixed_part(bare, is_folder=system.isdir(bare))
+    outputs: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for path in dict.fromkeys(span.path for spans in parts for span in spans):
+        inside = file_system(path)[1].removeprefix(root).lstrip("/")
+        stem = _stem(inside)
+        outputs[path] = f"{stem}.jsonl"
+        sources[path] = stem.split("/")[0]
+    _check_different(outputs)
+    return Cleaning(
+        output=os.fspath(output),
+        corpus=corpus,
+        similarity=similarity,
+        skip_bad=skip_bad,
+        files=tuple(files),
+        against=tuple(find_files(against)) if against else (),
+        parts=parts,
+        outputs=outputs,
+        sources=sources,
+    )
+
+
+def _fixed_part(pattern: str, is_folder: bool) -> str:
+    """The folder that a pattern begins with."""
+    if is_folder:
+        return pattern
+    folders = pattern.split("/")[:-1]
+    fixed = [index for index, folder in enumerate(folders) if set(folder) & set("*?[")]
+    return "/".join(folders[: fixed[0]] if fixed else folders)
+
+
+def _stem(path: str) -> str:
+    path = path.removesuffix(".gz").removesuffix(".zst")
+    suffix = PurePath(path).suffix
+    known = suffix in (".jsonl", ".json", ".txt", ".parquet", ".arrow")
+    return path.removesuffix(suffix) if known else path
+
+
+def _check_different(outputs: Mapping[str, str]) -> None:
+    input_of: dict[str, str] = {}
+    for path, name in outputs.items():
+        other = input_of.setdefault(name, path)
+        if other != path:
+            raise ConfigError(f"{other} and {path} would both be written to {name}: rename one.")
