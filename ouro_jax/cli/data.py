@@ -9,21 +9,24 @@
   ouro data prepare --input='chats/*.jsonl.zst' --schema=messages --tokenizer=data/tokenizer.json \\
       --sequence_length=4096 --output=data/mychats/train-4096
   ouro data verify data/mytext/train-4096
-  ouro data inspect data/mytext/train-4096 --rows=3
+  ouro data inspect data/mytext/train-4096 --rows=3 --plot=lengths.png
+  ouro data inspect --config=configs/tiny.py --stage=anneal --rows=1000
 
 A config with `data.root = "data"` and a mixture with the source `mytext` trains on it. A command
-that was killed is continued by repeating it.
+that was killed is continued by repeating it. On more than one machine: `--beam='--runner=…'`.
 """
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from rich.console import Console
 
-from ouro_jax.cli.common import FLAGS, required, run_verb
+from ouro_jax.cli.common import FLAGS, config_from_flags, define_config, required, run_verb
 from ouro_jax.cli.data_progress import show_progress
 from ouro_jax.config import ConfigError, require, require_choice
 
@@ -53,7 +56,14 @@ flags.DEFINE_integer(
     "shard_bytes", 1 << 28, "Input bytes of a shard, the unit of work and of resuming."
 )
 flags.DEFINE_integer("skip_bad", 0, "Unreadable records to leave out before giving up.")
-flags.DEFINE_integer("rows", 2, "Rows to show.")
+flags.DEFINE_string(
+    "beam", "", "Prepare by Apache Beam with these flags of its own, e.g. --runner=DataflowRunner."
+)
+flags.DEFINE_integer("rows", 2, "Rows to show, or of a stage's mixture to count.")
+flags.DEFINE_string("plot", "", "Draw document lengths into this file (.png, .svg, .pdf).")
+flags.DEFINE_string("stage", "", "With --config: the stage whose mixture to count.")
+flags.DEFINE_integer("first_row", 0, "With --config: the row of the stage to count from.")
+define_config()
 
 
 def main(action: str, directory: str) -> Mapping[str, Any]:
@@ -81,6 +91,7 @@ def _tokenizer(_: str) -> Mapping[str, Any]:
 
 
 def _prepare(_: str) -> Mapping[str, Any]:
+    from ouro_jax.data.beam import prepare_with_beam
     from ouro_jax.data.prepare import plan_preparation, prepare
 
     preparation = plan_preparation(
@@ -93,6 +104,8 @@ def _prepare(_: str) -> Mapping[str, Any]:
         shard_bytes=FLAGS.shard_bytes,
         skip_bad=FLAGS.skip_bad,
     )
+    if FLAGS.beam:
+        return _described(prepare_with_beam(preparation, shlex.split(FLAGS.beam)))
     with show_progress() as show:
         manifest = prepare(preparation, _workers(), show)
     return _described(manifest)
@@ -108,11 +121,37 @@ def _verify(directory: str) -> Mapping[str, Any]:
 
 
 def _inspect(directory: str) -> Mapping[str, Any]:
-    from ouro_jax.data.rows import read_manifest
+    if FLAGS.config is not None:
+        return _count_mixture()
+    from ouro_jax.data.rows import open_rows
+    from ouro_jax.reporting.data import draw_rows, sample_rows
 
-    described = _described(read_manifest(_named(directory, "inspect")))
+    rows = open_rows(_named(directory, "inspect"))
+    described = _described(rows.manifest)
     _show_rows(directory)
-    return described
+    if not FLAGS.plot:
+        return described
+    sample = sample_rows(rows)
+    print(f"\n{draw_rows(sample, FLAGS.plot)}: lengths of {len(sample.lengths):,} documents")
+    return {**described, "plot": FLAGS.plot, "sample": sample.describe()}
+
+
+def _count_mixture() -> Mapping[str, Any]:
+    """What each source gives to the next rows of a stage."""
+    from ouro_jax.reporting.data import mixture_shares, shares_table
+    from ouro_jax.training.curriculum import StagePlan
+    from ouro_jax.training.stage_rows import open_stage_mixture
+    from ouro_jax.training.trainer import prepare_data
+
+    config = config_from_flags()
+    require_choice(FLAGS.stage, config.stages, "stage")
+    require(FLAGS.rows >= 1, "rows", FLAGS.rows, "at least 1")
+    require(FLAGS.first_row >= 0, "first_row", FLAGS.first_row, "0 or more")
+    plan = StagePlan(FLAGS.stage, config.stages[FLAGS.stage])
+    mixture = open_stage_mixture(config, prepare_data(config), plan)
+    shares = mixture_shares(mixture, FLAGS.first_row, FLAGS.rows)
+    Console().print(shares_table(shares, FLAGS.first_row))
+    return {"stage": FLAGS.stage, "sources": [share._asdict() for share in shares]}
 
 
 def _corpus() -> Any:

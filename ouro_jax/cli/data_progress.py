@@ -19,7 +19,7 @@ from rich.progress import (
 def show_progress() -> Iterator[Callable[[Any], None]]:
     """Yields what `data.prepare.prepare` takes as `on_progress`; on stderr, in a terminal only."""
     columns = (
-        BarColumn(),
+        BarColumn(20),
         DownloadColumn(binary_units=True),
         TextColumn("{task.fields[shards]}"),
         TextColumn("{task.fields[speed]}"),

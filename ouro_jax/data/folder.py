@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
-from ouro_jax.config import ConfigError
+from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.files import file_system
 
 TEMPORARY = ".unfinished-"
@@ -86,22 +86,32 @@ class Folder:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A local file to write that becomes `name` if the block ends without an exception."""
-        if self.is_local:
-            self._fs.makedirs(str(Path(self._at(name)).parent), exist_ok=True)
-            temporary = Path(self._at(name)).with_name(
-                f"{TEMPORARY}{Path(name).name}-{os.getpid()}"
-            )
-            try:
-                yield temporary
-                temporary.replace(self._at(name))
-            finally:
-                temporary.unlink(missing_ok=True)
-        else:
-            with tempfile.TemporaryDirectory() as directory:
-                temporary = Path(directory) / Path(name).name
-                yield temporary
-                self._fs.put_file(str(temporary), self._at(name))
+        """A local file to write that becomes `name` if the block ends without an exception.
+
+        RunError if the disk or the storage refuses it.
+        """
+        try:
+            if self.is_local:
+                with self._aside(Path(self._at(name))) as temporary:
+                    yield temporary
+            else:
+                with tempfile.TemporaryDirectory() as directory:
+                    temporary = Path(directory) / Path(name).name
+                    yield temporary
+                    self._fs.put_file(str(temporary), self._at(name))
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{self.path(name)}: cannot be written ({reason}).") from error
+
+    @contextlib.contextmanager
+    def _aside(self, path: Path) -> Iterator[Path]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def remove_temporaries(self) -> None:
         """Removes what a killed writer left aside; only while no other one can be at work."""

@@ -30,13 +30,28 @@ def test_own_text_is_tokenised_prepared_verified_and_shown(tmp_path):
     )  # fmt: skip
     assert (prepared["documents"], prepared["vocab_size"], prepared["source"]) == (20, 270, "own")
     assert last_json(ouro_data("verify", str(directory), "--json")) == prepared
-    shown = ouro_data("inspect", str(directory), "--rows=1")
+    shown = ouro_data("inspect", str(directory), "--rows=1", f"--plot={tmp_path}/plot.png")
     assert shown.returncode == 0 and "row 0" in shown.stdout and "Text" in shown.stdout
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    again = ouro_data("prepare", *texts, f"--tokenizer={tokenizer}", "--sequence_length=64",
+                      f"--output={directory}", "--json")  # fmt: skip
+    assert last_json(again) == prepared
 
     (shard,) = directory.glob("*.array_record")
     shard.unlink()
     broken = ouro_data("verify", str(directory))
     assert broken.returncode == 2 and str(shard) in broken.stderr
+
+
+def test_what_the_next_rows_of_a_stage_are_made_of(tmp_path):
+    options = ("--config=configs/tiny.py:smoke", f"--config.data.root={tmp_path}")
+    counted = last_json(ouro_data("inspect", *options, "--stage=anneal", "--rows=1000", "--json"))
+    shares = {share["source"]: share for share in counted["sources"]}
+    assert sum(share["rows"] for share in shares.values()) == 1000
+    for share in shares.values():  # never more than a row off per source before it
+        assert abs(share["rows"] - 1000 * share["configured"]) < len(shares)
+    wrong = ouro_data("inspect", *options, "--stage=aneal")
+    assert wrong.returncode == 2 and "Did you mean 'anneal'?" in wrong.stderr
 
 
 def test_wrong_use_leaves_with_2_and_says_why():
