@@ -232,8 +232,9 @@ class LoggingConfig:
 class Config:
     """One run: a linear stream of stages in one workdir, and all it needs.
 
-    `first_stage` skips the stages before it. `init_from` names a stage of another run
-    (`WORKDIR/stable_1a`) or a folder in the Hugging Face format to take parameters from.
+    `first_stage` skips the stages before it; their rows count as read. `init_from` names a stage
+    of another run (`WORKDIR/stable_1a`) or a folder in the Hugging Face format to take parameters
+    from.
     """
 
     name: str

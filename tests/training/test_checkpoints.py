@@ -20,7 +20,7 @@ from ouro_jax.training.checkpoints import (
 from ouro_jax.training.state import StateFactory
 
 MODEL = ModelConfig(64, 32, 48, 2, 4, 2, 8, dtype="float32")
-POSITION = Position("stable_1b", 120, 960, 5 * 10**12, MODEL, "expected", 3)
+POSITION = Position("stable_1b", 120, 960, 5 * 10**12, MODEL, "expected", 3, ((5, 9), (20, 21)))
 
 
 def factory(mesh=None, devices=8, **changes) -> StateFactory:
@@ -123,7 +123,7 @@ def test_the_last_stage_begun_is_meant(tmp_path):
         latest_stage(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}", '{"model": {"vocab": 3}}', "[]"])
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"model": {"vocab": 3}}', "[]", '{"schema_version": 1}'])
 def test_an_unreadable_position_names_its_file(tmp_path, content):
     file = make_checkpoint(tmp_path / "anneal") / "7" / "meta" / "metadata"
     if content is not None:
