@@ -123,7 +123,9 @@ def test_the_last_stage_begun_is_meant(tmp_path):
         latest_stage(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}", '{"model": {"vocab": 3}}', "[]", '{"schema_version": 1}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", "{}", '{"model": {"vocab": 3}}', "[]", '{"schema_version": 1}']
+)
 def test_an_unreadable_position_names_its_file(tmp_path, content):
     file = make_checkpoint(tmp_path / "anneal") / "7" / "meta" / "metadata"
     if content is not None:
