@@ -123,13 +123,11 @@ def _cut(file: File, corpus: Corpus, part_bytes: int) -> list[Span]:
 
 
 def _cut_parquet(path: str, fields: Fields, weight: int, pieces: int) -> list[Span]:
-    """Row groups by the piece in which the middle of each lies."""
+    """Neighbouring row groups together, by the piece of the file in which each begins."""
     sizes = row_group_sizes(path, fields)
     total = max(sum(sizes), 1)
-    ends = itertools.accumulate(sizes)
-    piece_of = [
-        (2 * end - size) * pieces // (2 * total) for end, size in zip(ends, sizes, strict=True)
-    ]
+    begins = itertools.accumulate(sizes, initial=0)
+    piece_of = [begin * pieces // total for begin, _ in zip(begins, sizes, strict=False)]
     spans = []
     for _, group in itertools.groupby(range(len(sizes)), key=piece_of.__getitem__):
         members = list(group)

@@ -91,6 +91,9 @@ def test_long_conversations_are_cut_and_end_of_text_is_not_learnt(tokenizer):
     (whole,) = chat_documents([CONVERSATION], tokenizer, 500, DocumentCounts())
     assert whole.tokens[-1] == 0 and not whole.loss_mask[-1]
     first_word = int(np.argmax(whole.loss_mask))
+    counts = DocumentCounts()  # a row that lacks the place of the end-of-text token cuts it off
+    (short,) = chat_documents([CONVERSATION], tokenizer, len(whole.tokens) - 1, counts)
+    assert short.tokens.tolist() == whole.tokens[:-1].tolist() and counts.truncated == 1
     counts = DocumentCounts()
     (cut,) = chat_documents([CONVERSATION, []], tokenizer, first_word + 1, counts)
     np.testing.assert_array_equal(cut.tokens, whole.tokens[: first_word + 1])

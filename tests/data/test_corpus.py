@@ -99,8 +99,20 @@ def test_parquet_is_cut_between_row_groups(tmp_path, part_bytes):
     assert flat(documents_of(parts, corpus)) == texts
     assert len(parts) == {1: 7, 400: 7, 10**9: 1}.get(part_bytes, len(parts))
     assert 1 <= len(parts) <= 7
+    assert sum(span.stop - span.start for span in flat(parts)) == (7 if len(parts) > 1 else 0)
     total = sum(span.size for span in flat(parts))
     assert 2 * files[0].size - 7 <= total <= 2 * files[0].size
+
+
+def test_parts_of_parquet_weigh_about_the_same(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    table = pyarrow.table({"text": [f"{i:0100d}" for i in range(120)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=10)
+    (file,) = find_files(path)
+    parts = plan_parts([file], Corpus("parquet"), 2 * file.size // 3 + 1)
+    assert [(span.start, span.stop) for span in flat(parts)] == [(0, 4), (4, 8), (8, 12)]
+    (span,) = flat(plan_parts([file], Corpus("parquet"), 2 * file.size))
+    assert span == Span(path, 0, 0, 2 * file.size)
 
 
 def save_dataset(folder, shards):
