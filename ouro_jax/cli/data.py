@@ -2,6 +2,7 @@
 
   ouro data tokenizer --input='texts/**/*.txt' --format=text --vocab_size=8192 \\
       --output=data/tokenizer.json
+  ouro data clean --input='raw/**/*.jsonl' --against='evals/*.jsonl' --output=clean
   ouro data prepare --input='texts/**/*.txt' --format=text --tokenizer=data/tokenizer.json \\
       --sequence_length=4096 --split=train --output=data/mytext/train-4096
   ouro data prepare --input='texts/**/*.txt' --format=text --tokenizer=data/tokenizer.json \\
@@ -27,7 +28,7 @@ from absl import flags
 from rich.console import Console
 
 from ouro_jax.cli.common import FLAGS, config_from_flags, define_config, required, run_verb
-from ouro_jax.cli.data_progress import show_progress
+from ouro_jax.cli.data_progress import show_progress, show_steps
 from ouro_jax.config import ConfigError, require, require_choice
 
 flags.DEFINE_string("input", "", "Files to read: a path or a pattern, ** goes into folders.")
@@ -50,12 +51,18 @@ flags.DEFINE_integer("vocab_size", 8192, "Entries of the tokenizer to train.")
 flags.DEFINE_string(
     "split", "all", "all documents, train (19 of 20, by a hash of the text) or heldout (the rest)."
 )
-flags.DEFINE_string("output", "", "What to write: a new folder of rows, or a tokenizer.json.")
+flags.DEFINE_string("output", "", "What to write: a new folder, or a tokenizer.json.")
 flags.DEFINE_integer("workers", 0, "Processes; 0: one for every core.")
 flags.DEFINE_integer(
     "shard_bytes", 1 << 28, "Input bytes of a shard, the unit of work and of resuming."
 )
 flags.DEFINE_integer("skip_bad", 0, "Unreadable records to leave out before giving up.")
+flags.DEFINE_string(
+    "against", "", "JSONL files of evaluation sets: what shares 13 words in a row with one goes."
+)
+flags.DEFINE_float(
+    "similarity", 0.8, "The least share of common five-word runs that makes near duplicates."
+)
 flags.DEFINE_string(
     "beam", "", "Prepare by Apache Beam with these flags of its own, e.g. --runner=DataflowRunner."
 )
@@ -109,6 +116,25 @@ def _prepare(_: str) -> Mapping[str, Any]:
     with show_progress() as show:
         manifest = prepare(preparation, _workers(), show)
     return _described(manifest)
+
+
+def _clean(_: str) -> Mapping[str, Any]:
+    from ouro_jax.data.clean import clean, describe_report
+    from ouro_jax.data.clean_plan import plan_cleaning
+
+    cleaning = plan_cleaning(
+        required("input", "'raw/**/*.jsonl'"),
+        output=required("output", "clean"),
+        corpus=_corpus(),
+        against=FLAGS.against,
+        similarity=FLAGS.similarity,
+        skip_bad=FLAGS.skip_bad,
+        part_bytes=FLAGS.shard_bytes,
+    )
+    with show_steps() as show:
+        report = clean(cleaning, _workers(), show)
+    print(describe_report(report))
+    return report
 
 
 def _verify(directory: str) -> Mapping[str, Any]:
@@ -194,6 +220,7 @@ def _show_rows(directory: str) -> None:
 
 
 ACTIONS: Mapping[str, Callable[[str], Mapping[str, Any]]] = {
+    "clean": _clean,
     "prepare": _prepare,
     "tokenizer": _tokenizer,
     "verify": _verify,

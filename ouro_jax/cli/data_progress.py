@@ -1,4 +1,4 @@
-"""What `ouro data prepare` shows while it works: bytes, shards, tokens a second, time left."""
+"""What `ouro data prepare` and `clean` show while they work: how far, how fast, time left."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 
@@ -40,5 +41,28 @@ def show_progress() -> Iterator[Callable[[Any], None]]:
                 shards=f"shard {progress.done_parts:,} of {progress.num_parts:,}",
                 speed=speed,
             )
+
+        yield show
+
+
+@contextlib.contextmanager
+def show_steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what `data.clean.clean` takes as `on_progress`; on stderr, in a terminal only."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step, total=None)
+            bar.update(tasks[step], completed=done, total=total or None)
 
         yield show

@@ -44,7 +44,7 @@ from ouro_jax.data.fingerprints import (
     has_shingles,
 )
 from ouro_jax.data.folder import TEMPORARY, Folder
-from ouro_jax.data.workers import Advance, run_pieces
+from ouro_jax.data.workers import Work, run_pieces
 
 REPORT, KEY = "report.json", f"{UNFINISHED}/key.txt"
 SHOWN_SOURCES = 40
@@ -118,11 +118,18 @@ def _fingerprint(cleaning: Cleaning, folder: Folder, workers: int, on_progress: 
             write_fingerprints, cleaning, evaluation_passages(cleaning.against)
         )
         total = sum(span.size for index in missing for span in cleaning.parts[index])
-        for _ in run_pieces(work, missing, workers, _counter("reading", total, on_progress)):
-            pass
+        _run("reading", work, missing, workers, total, on_progress)
 
 
-def _counter(step: str, total: int, on_progress: OnProgress) -> Advance:
+def _run(
+    step: str,
+    work: Work,
+    pieces: Sequence[int],
+    workers: int,
+    total: int,
+    on_progress: OnProgress,
+) -> None:
+    """Does a step's `work` on all `pieces` and says how many of `total` bytes are done."""
     done = 0
 
     def advance(input_bytes: int, _: int) -> None:
@@ -130,7 +137,9 @@ def _counter(step: str, total: int, on_progress: OnProgress) -> Advance:
         done = min(done + input_bytes, total)
         on_progress(step, done, total)
 
-    return advance
+    for _ in run_pieces(work, pieces, workers, advance):
+        pass
+    on_progress(step, total, total)
 
 
 def _decide(cleaning: Cleaning, folder: Folder) -> tuple[np.ndarray, list[str]]:
@@ -199,16 +208,15 @@ def _write(
         )
     work = functools.partial(write_kept, cleaning, pieces, is_kept_N)
     total = sum(span.size for span in spans)
-    advance = _counter("writing", total, on_progress)
-    for _ in run_pieces(work, range(len(pieces)), workers, advance):
-        pass
+    _run("writing", work, range(len(pieces)), workers, total, on_progress)
 
 
 def _report(cleaning: Cleaning, documents_N: np.ndarray, skipped: Sequence[str]) -> dict[str, Any]:
     """Documents and bytes by source and verdict."""
     names = sorted(set(cleaning.sources.values()))
+    number_of = {name: number for number, name in enumerate(names)}
     source_S = np.array(
-        [names.index(cleaning.sources[span.path]) for part in cleaning.parts for span in part]
+        [number_of[cleaning.sources[span.path]] for part in cleaning.parts for span in part], int
     )
     cell_N = source_S[documents_N["span"]] * len(VERDICTS) + documents_N["verdict"]
     cells = len(names) * len(VERDICTS)

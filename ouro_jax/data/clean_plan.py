@@ -72,11 +72,18 @@ def plan_cleaning(
         similarity=similarity,
         skip_bad=skip_bad,
         files=tuple(files),
-        against=tuple(find_files(against)) if against else (),
+        against=_find_evaluations(against),
         parts=parts,
         outputs=outputs,
         sources=sources,
     )
+
+
+def _find_evaluations(pattern: str) -> tuple[File, ...]:
+    try:
+        return tuple(find_files(pattern)) if pattern else ()
+    except ConfigError as error:
+        raise ConfigError(f"evaluation sets (against): {error}") from error
 
 
 def _fixed_part(pattern: str, is_folder: bool) -> str:

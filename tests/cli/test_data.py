@@ -43,6 +43,26 @@ def test_own_text_is_tokenised_prepared_verified_and_shown(tmp_path):
     assert broken.returncode == 2 and str(shard) in broken.stderr
 
 
+def test_duplicates_and_evaluation_texts_are_taken_out(tmp_path):
+    question = "How many of the nine grey horses that stood in the yard ran off?"
+    texts = ["a text", "another text", "a text", f"Asked: {question}"]
+    lines = [json.dumps({"text": text, "number": i}) for i, text in enumerate(texts)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": question}))
+    arguments = (
+        "clean", f"--input={tmp_path}/in.jsonl", f"--against={tmp_path}/eval.jsonl",
+        f"--output={tmp_path}/out", "--json",
+    )  # fmt: skip
+    cleaned = ouro_data(*arguments)
+    total = last_json(cleaned)["total"]
+    assert (total["kept"], total["exact_duplicates"], total["contaminated"]) == (2, 1, 1)
+    assert "exact duplicates" in cleaned.stdout
+    assert (tmp_path / "out/in.jsonl").read_text() == "\n".join([*lines[:2], ""])
+    assert last_json(ouro_data(*arguments))["total"] == total
+    wrong = ouro_data(*arguments, "--similarity=80")
+    assert wrong.returncode == 2 and "similarity" in wrong.stderr
+
+
 def test_what_the_next_rows_of_a_stage_are_made_of(tmp_path):
     options = ("--config=configs/tiny.py:smoke", f"--config.data.root={tmp_path}")
     counted = last_json(ouro_data("inspect", *options, "--stage=anneal", "--rows=1000", "--json"))

@@ -383,7 +383,7 @@ def test_mistakes_are_named(tmp_path):
     (evals / "broken.jsonl").write_text('{"q": "one"}\n{"q": }\n')
     (evals / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"q": "one"}\n' * 9)[:-9])
     for name, message in {
-        "missing.jsonl": "missing.jsonl",
+        "missing.jsonl": "against.*missing.jsonl",
         "empty.jsonl": "empty.jsonl: there is no text",
         "*less.jsonl": "wordless.jsonl: there is no text",
         "broken.jsonl": "broken.jsonl, line 2: broken JSON",
