@@ -43,20 +43,18 @@ class _Template(NamedTuple):
         heads = {role: [start, *encode(tokenizer, f"{role}\n")] for role in ROLES}
         return cls(heads, special_id(tokenizer, IM_END), encode(tokenizer, "\n"))
 
-    def render(self, turns: Iterable[tuple[str, list[int]]]) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation of (role, ids of the text), and which the assistant wrote."""
+    def render(self, turns: Iterable[tuple[str, list[int]]]) -> tuple[list[int], list[slice]]:
+        """Ids of a conversation of (role, ids of the text), and where the assistant's are."""
         ids: list[int] = []
-        mask: list[bool] = []
+        learnt: list[slice] = []
         for role, text in turns:
-            head = self.heads[role]
-            ids += head
+            ids += self.heads[role]
+            if role == "assistant":
+                learnt.append(slice(len(ids), len(ids) + len(text) + 1))
             ids += text
             ids.append(self.end)
             ids += self.newline
-            mask += [False] * len(head)
-            mask += [role == "assistant"] * (len(text) + 1)
-            mask += [False] * len(self.newline)
-        return ids, mask
+        return ids, learnt
 
 
 def render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
@@ -67,7 +65,8 @@ def render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list
     another form or a tokenizer without the two chat tokens.
     """
     turns = [(role, encode(tokenizer, text)) for role, text in _read_turns(messages)]
-    return _Template.of(tokenizer).render(turns)
+    ids, learnt = _Template.of(tokenizer).render(turns)
+    return ids, _mask(learnt, len(ids)).tolist()
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
@@ -135,15 +134,22 @@ def chat_documents(
     """
     end, template = end_of_text_id(tokenizer), _Template.of(tokenizer)
     for turns, encoded in _encode(conversations, tokenizer):
-        ids, mask = template.render(encoded)
-        if not any(mask[:sequence_length]):
+        ids, learnt = template.render(encoded)
+        if not learnt or learnt[0].start >= sequence_length:
             counts.dropped += 1
             continue
         counts.documents += 1
         counts.truncated += len(ids) >= sequence_length
         counts.text_bytes += sum(len(text.encode()) for _, text in turns)
         tokens = np.array([*ids, end], np.int32)[:sequence_length]
-        yield Document(tokens, np.array([*mask, False])[:sequence_length])
+        yield Document(tokens, _mask(learnt, len(tokens)))
+
+
+def _mask(learnt: Iterable[slice], length: int) -> np.ndarray:
+    mask = np.zeros(length, bool)
+    for span in learnt:
+        mask[span] = True
+    return mask
 
 
 def _encode(
