@@ -13,6 +13,7 @@ CORE = [
     "ml_collections>=1.1.0",  # config files and their command line
     "absl-py>=2.1",  # flags
     "etils[epath]>=1.10",  # local and gs:// paths alike
+    "fsspec>=2024.6",  # what reads and writes files for it; corpora and prepared rows
     "numpy>=2.0",  # host arrays
     "ml_dtypes>=0.5",  # bfloat16 on the host
     "safetensors>=0.5",  # released checkpoints in

@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import grain
 import numpy as np
+from etils import epath
 
 from ouro_jax.config import ConfigError, nearest
 from ouro_jax.data.batch import Batch, batch_from_rows
@@ -210,9 +210,9 @@ def open_source(
     expected_vocab_size: int | None = None,
 ) -> RowSource:
     """The rows of one source, checked against the tokenizer at `root`; errors as above."""
-    directory = _find_rows(Path(root), source, split, sequence_length)
+    directory = _find_rows(epath.Path(root), source, split, sequence_length)
     rows = open_rows(directory)
-    _check_tokenizer(Path(root), directory, rows.manifest, expected_vocab_size)
+    _check_tokenizer(epath.Path(root), directory, rows.manifest, expected_vocab_size)
     if rows.manifest.sequence_length != sequence_length:
         raise ConfigError(
             f"{directory}: its rows have {rows.manifest.sequence_length} tokens, the folder's "
@@ -221,7 +221,7 @@ def open_source(
     return rows
 
 
-def _find_rows(root: Path, source: str, split: str, sequence_length: int) -> Path:
+def _find_rows(root: epath.Path, source: str, split: str, sequence_length: int) -> epath.Path:
     available = list_sources(root)
     if not available:
         raise ConfigError(f"{root}: no prepared data there. Prepare some with `ouro data prepare`.")
@@ -248,7 +248,7 @@ def _find_rows(root: Path, source: str, split: str, sequence_length: int) -> Pat
 def list_sources(root: str | os.PathLike) -> dict[str, list[tuple[str, int]]]:
     """The (split, sequence length) pairs of every source found in `root`, sorted."""
     found: dict[str, list[tuple[str, int]]] = {}
-    for manifest in sorted(Path(root).glob(f"*/*-*/{MANIFEST}")):
+    for manifest in sorted(epath.Path(root).glob(f"*/*-*/{MANIFEST}")):
         split, _, length = manifest.parent.name.rpartition("-")
         if length.isdigit() and not split.startswith("."):  # a dot: still being written
             found.setdefault(manifest.parent.parent.name, []).append((split, int(length)))
@@ -256,7 +256,7 @@ def list_sources(root: str | os.PathLike) -> dict[str, list[tuple[str, int]]]:
 
 
 def _check_tokenizer(
-    root: Path, directory: Path, manifest: Manifest, expected_vocab_size: int | None
+    root: epath.Path, directory: epath.Path, manifest: Manifest, expected_vocab_size: int | None
 ) -> None:
     path = root / "tokenizer.json"
     hash_here = tokenizer_hash(path)
@@ -309,7 +309,7 @@ def heldout_batches(
     score nothing.
     """
     rows = open_source(root, source, "heldout", sequence_length)
-    bytes_V = token_byte_lengths(load_tokenizer(Path(root) / "tokenizer.json"))
+    bytes_V = token_byte_lengths(load_tokenizer(epath.Path(root) / "tokenizer.json"))
     count = min(len(rows), max_rows)
     chosen = [index * len(rows) // count for index in range(count)]
     padding = Row(np.zeros(sequence_length, np.int32), np.zeros(0, np.uint32))

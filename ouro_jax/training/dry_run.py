@@ -6,8 +6,9 @@ there are none the tables say so.
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from ouro_jax.config import Config, num_parameters
 from ouro_jax.data.rows import MANIFEST, read_manifest
@@ -48,7 +49,7 @@ def contributions(config: Config, name: str) -> list[Contribution]:
 
 def tokens_available(config: Config, source: str, sequence_length: int) -> int | None:
     """Tokens in a source's prepared rows of this length, else as the config expects, else None."""
-    directory = Path(config.data.root) / source / f"train-{sequence_length}"
+    directory = epath.Path(config.data.root) / source / f"train-{sequence_length}"
     if (directory / MANIFEST).is_file():
         return read_manifest(directory).rows * sequence_length
     return config.data.source_tokens.get(source)

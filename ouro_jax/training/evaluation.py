@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from ouro_jax.config import Config
 from ouro_jax.data.batch import Batch
@@ -20,7 +20,7 @@ from ouro_jax.training.step import StepSpec, compiled_evaluation
 EVALUATION_TOKENS = 8192
 
 
-def heldout_sources(config: Config, root: Path, sequence_length: int) -> list[str]:
+def heldout_sources(config: Config, root: epath.Path, sequence_length: int) -> list[str]:
     """Sources of any stage of the run that have held-out rows of this length."""
     used = {source for _, stage in config.stream() for source in stage.mixture}
     there = list_sources(root)
@@ -28,7 +28,7 @@ def heldout_sources(config: Config, root: Path, sequence_length: int) -> list[st
 
 
 def evaluate(
-    config: Config, root: Path, plan: StagePlan, spec: StepSpec, params: Any
+    config: Config, root: epath.Path, plan: StagePlan, spec: StepSpec, params: Any
 ) -> Iterator[dict[str, Any]]:
     """One `heldout` record per source: nats per token and bits per byte after each loop."""
     length = plan.stage.sequence_length
@@ -74,7 +74,7 @@ def place(batch: Batch, sharding: jax.sharding.NamedSharding) -> Batch:
     )
 
 
-def ngram_baselines(config: Config, root: Path) -> Iterator[dict[str, Any]]:
+def ngram_baselines(config: Config, root: epath.Path) -> Iterator[dict[str, Any]]:
     """One `baseline` record per source: n-gram models fitted on the rows the whole run saw.
 
     Reads every training row again, so it is for small runs; evaluated on the same held-out rows
@@ -94,7 +94,7 @@ def ngram_baselines(config: Config, root: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def _training_batches(config: Config, root: Path) -> Iterator[Batch]:
+def _training_batches(config: Config, root: epath.Path) -> Iterator[Batch]:
     for name, stage in config.stream():
         plan = StagePlan(name, stage)
         mixture = open_stage_mixture(config, root, plan)

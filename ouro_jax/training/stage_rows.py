@@ -1,13 +1,13 @@
 """The rows that a stage trains on, and what is refused before it starts."""
 
-from pathlib import Path
+from etils import epath
 
 from ouro_jax.config import Config, ConfigError
 from ouro_jax.data.mixture import Mixture, open_mixture
 from ouro_jax.training.curriculum import StagePlan, first_rows
 
 
-def open_stage_mixture(config: Config, root: Path, plan: StagePlan) -> Mixture:
+def open_stage_mixture(config: Config, root: epath.Path, plan: StagePlan) -> Mixture:
     """The training rows of a stage; each source goes on where the earlier stages left it.
 
     Raises ConfigError as `open_mixture` does, and if a source would be read more often than

@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from ouro_jax.config import Config, ConfigError, ModelConfig, Stage, to_dict
 from ouro_jax.data.embedded import SOURCES, build_embedded
@@ -85,7 +85,8 @@ class _Run:
         _check_tokenizer(config, self.data_root)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
-        shutil.copyfile(self.data_root / "tokenizer.json", workdir / "tokenizer.json")
+        tokenizer = (self.data_root / "tokenizer.json").read_bytes()
+        (workdir / "tokenizer.json").write_bytes(tokenizer)
 
     def train_stage(self, plan: StagePlan, source: str | Path | None) -> None:
         """Trains what is left of one stage, from its own checkpoint or from `source`."""
@@ -285,17 +286,18 @@ class _StageRun:
         self.clock = None
 
 
-def prepare_data(config: Config) -> Path:
+def prepare_data(config: Config) -> epath.Path:
     """The data root of a run; makes the embedded text first where the config asks for it."""
     if not config.data.embedded_bytes:
-        return Path(config.data.root)
+        return epath.Path(config.data.root)
     lengths = sorted({stage.sequence_length for _, stage in config.stream()})
-    return build_embedded(
+    root = build_embedded(
         config.data.root,
         vocab_size=config.model.vocab_size,
         sequence_lengths=dict.fromkeys(SOURCES, lengths),
         max_bytes_per_source=config.data.embedded_bytes,
     )
+    return epath.Path(root)
 
 
 def event(name: str, position: Position) -> dict[str, Any]:
@@ -306,7 +308,7 @@ def event(name: str, position: Position) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_tokenizer(config: Config, data_root: Path) -> None:
+def _check_tokenizer(config: Config, data_root: epath.Path) -> None:
     path = data_root / "tokenizer.json"
     size = load_tokenizer(path).get_vocab_size()
     if size > config.model.vocab_size:
