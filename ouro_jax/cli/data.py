@@ -28,7 +28,7 @@ from absl import flags
 from rich.console import Console
 
 from ouro_jax.cli.common import FLAGS, config_from_flags, define_config, required, run_verb
-from ouro_jax.cli.data_progress import show_progress, show_steps
+from ouro_jax.cli.data_progress import preparation_note, show_progress
 from ouro_jax.config import ConfigError, require, require_choice
 
 flags.DEFINE_string("input", "", "Files to read: a path or a pattern, ** goes into folders.")
@@ -64,7 +64,7 @@ flags.DEFINE_float(
     "similarity", 0.8, "The least share of common five-word runs that makes near duplicates."
 )
 flags.DEFINE_string(
-    "beam", "", "Prepare by Apache Beam with these flags of its own, e.g. --runner=DataflowRunner."
+    "beam", "", "Prepare by Apache Beam; the value holds flags of its own, its runner for one."
 )
 flags.DEFINE_integer("rows", 2, "Rows to show, or of a stage's mixture to count.")
 flags.DEFINE_string("plot", "", "Draw document lengths into this file (.png, .svg, .pdf).")
@@ -114,7 +114,7 @@ def _prepare(_: str) -> Mapping[str, Any]:
     if FLAGS.beam:
         return _described(prepare_with_beam(preparation, shlex.split(FLAGS.beam)))
     with show_progress() as show:
-        manifest = prepare(preparation, _workers(), show)
+        manifest = prepare(preparation, _workers(), preparation_note(show))
     return _described(manifest)
 
 
@@ -131,17 +131,26 @@ def _clean(_: str) -> Mapping[str, Any]:
         skip_bad=FLAGS.skip_bad,
         part_bytes=FLAGS.shard_bytes,
     )
-    with show_steps() as show:
+    with show_progress() as show:
         report = clean(cleaning, _workers(), show)
     print(describe_report(report))
     return report
 
 
 def _verify(directory: str) -> Mapping[str, Any]:
-    from ouro_jax.data.rows import verify_rows
+    from ouro_jax.data.rows import read_manifest, verify_rows
 
-    directory = _named(directory, "verify")
-    described = _described(verify_rows(directory, _workers()))
+    directory, done = _named(directory, "verify"), 0
+    total = sum(shard.bytes for shard in read_manifest(directory).shards)
+    with show_progress() as show:
+
+        def advance(num_bytes: int, _: int) -> None:
+            nonlocal done
+            done += num_bytes
+            show("verifying", done, total)
+
+        manifest = verify_rows(directory, _workers(), advance)
+    described = _described(manifest)
     print("all checksums, token ids and counts are right")
     return described
 

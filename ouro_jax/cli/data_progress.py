@@ -1,6 +1,7 @@
-"""What `ouro data prepare` and `clean` show while they work: how far, how fast, time left."""
+"""What `ouro data` shows while it works: how far, how fast, how long still."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,57 +13,41 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 
-
-@contextlib.contextmanager
-def show_progress() -> Iterator[Callable[[Any], None]]:
-    """Yields what `data.prepare.prepare` takes as `on_progress`; on stderr, in a terminal only."""
-    columns = (
-        BarColumn(20),
-        DownloadColumn(binary_units=True),
-        TextColumn("{task.fields[shards]}"),
-        TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, shards="starting", speed="")
-
-        def show(progress: Any) -> None:
-            elapsed = bar.tasks[0].elapsed or 0
-            speed = f"{progress.tokens / elapsed:,.0f} tokens/s" if elapsed else ""
-            bar.update(
-                task,
-                total=progress.total_bytes,
-                completed=progress.done_bytes,
-                shards=f"shard {progress.done_parts:,} of {progress.num_parts:,}",
-                speed=speed,
-            )
-
-        yield show
+Show = Callable[..., None]
 
 
 @contextlib.contextmanager
-def show_steps() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields what `data.clean.clean` takes as `on_progress`; on stderr, in a terminal only."""
+def show_progress() -> Iterator[Show]:
+    """Yields `show(step, done_bytes, total_bytes, note="")`, a bar for every step, on stderr."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(20),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
-        def show(step: str, done: int, total: int) -> None:
+        def show(step: str, done: int, total: int, note: str = "") -> None:
             if step not in tasks:
-                tasks[step] = bar.add_task(step, total=None)
-            bar.update(tasks[step], completed=done, total=total or None)
+                tasks[step] = bars.add_task(step, total=None, note="")
+            bars.update(tasks[step], completed=done, total=total or None, note=note)
 
         yield show
+
+
+def preparation_note(show: Show) -> Callable[[Any], None]:
+    """What `data.prepare.prepare` takes as `on_progress`: shards and tokens a second, by `show`."""
+    start = time.monotonic()
+
+    def on_progress(progress: Any) -> None:
+        speed = progress.tokens / max(time.monotonic() - start, 1e-3)
+        note = f"shard {progress.done_parts:,}/{progress.num_parts:,}, {speed:,.0f} tokens/s"
+        show("preparing", progress.done_bytes, progress.total_bytes, note)
+
+    return on_progress

@@ -79,7 +79,7 @@ def test_wrong_use_leaves_with_2_and_says_why():
         (["verfy"], "Did you mean 'verify'?"),
         (["verify"], "name the folder"),
         (["prepare"], "--input is missing"),
-        ([], "expected one of prepare, tokenizer, verify, inspect"),
+        ([], "expected one of clean, prepare, tokenizer, verify, inspect"),
     ):
         result = ouro_data(*arguments)
         assert (result.returncode, result.stdout) == (2, "")
