@@ -105,7 +105,7 @@ def first_of_near_duplicates(signature_NP: np.ndarray, similarity: float) -> np.
     Two documents that share a band and agree in at least `similarity` of their hash values are
     near duplicates, and groups are what is connected by such pairs. Each document of a band's
     bucket is compared with the one before it and with the bucket's first, so a bucket of any size
-    costs no more than its size. `signature_NP` may be a memory map; some 50 bytes a document are
+    costs no more than its size. `signature_NP` may be a memory map; some 80 bytes a document are
     held besides.
     """
     bands = datasketch().MinHashLSH(similarity, NUM_PERMUTATIONS, BAND_WEIGHTS)

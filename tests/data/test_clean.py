@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -247,7 +248,7 @@ def test_membership_is_that_of_sets(left, right):
 
 
 def test_counts_by_source(tmp_path):
-    text, other, quoted = prose(60, 1), prose(60, 2), prose(60, 3)
+    text, other, quoted = f"{prose(60, 1)} é", prose(60, 2), prose(60, 3)
     write(tmp_path / "in/math/x/1.jsonl", [text, "", other])
     write(tmp_path / "in/math/2.jsonl", [text, edited(other, 1, 0)])
     write(tmp_path / "in/code/1.jsonl", [quoted, " \n", text, prose(60, 4)])
@@ -372,6 +373,31 @@ def test_unreadable_records_are_left_out_within_a_bound(tmp_path):
         with pytest.raises(ConfigError, match=f"a.jsonl, line.*skip_bad|skip_bad = {bound}|line 2"):
             run(tmp_path, skip_bad=bound, part_bytes=part_bytes, output=f"{bound}-{part_bytes}")
         assert not (tmp_path / f"{bound}-{part_bytes}/report.json").exists()
+
+
+def test_the_bound_is_on_all_files_together(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"in/{name}.jsonl", [{"other": 1}, prose(30, 1)])
+    with pytest.raises(ConfigError, match="2 unreadable records, skip_bad = 1 .*b.jsonl, line 1"):
+        run(tmp_path, skip_bad=1, part_bytes=100)
+    assert not list((tmp_path / "out").glob("*.json*"))
+
+
+def test_object_storage(tmp_path):
+    """fsspec's memory stands for it."""
+    storage = fsspec.filesystem("memory")
+    first, second = prose(30, 1), prose(30, 2)
+    for name, texts in {"a/x": [first, second], "b/y": [edited(first * 9, 1, 1), second]}.items():
+        lines = [json.dumps({"text": text}) for text in texts]
+        storage.pipe(f"/clean/in/{name}.jsonl", "\n".join(lines).encode())
+    cleaning = plan_cleaning(
+        "memory://clean/in/**/*.jsonl", output="memory://clean/out", corpus=Corpus()
+    )
+    report = clean(cleaning)
+    assert {name: row["kept"] for name, row in report["sources"].items()} == {"a": 2, "b": 1}
+    assert sorted(storage.find("/clean/out")) == [
+        "/clean/out/a/x.jsonl", "/clean/out/b/y.jsonl", "/clean/out/report.json",
+    ]  # fmt: skip
 
 
 def test_mistakes_are_named(tmp_path):
