@@ -21,6 +21,8 @@ from ouro_jax.data.prepare import (
 )
 
 FAILED = "failed"
+# Workers tell of every connection otherwise, and an error drowns in it.
+DEFAULT_ARGS = ("--default_sdk_harness_log_level=WARNING",)
 
 
 def prepare_with_beam(preparation: Preparation, pipeline_args: Sequence[str]) -> Manifest:
@@ -59,7 +61,8 @@ def _run_pipeline(preparation: Preparation, pipeline_args: Sequence[str]) -> str
     except ImportError as error:
         raise ConfigError(f"beam: {error}. Run pip install 'ouro_jax[data]'.") from error
     try:
-        pipeline = beam.Pipeline(options=PipelineOptions(list(pipeline_args)))
+        options = PipelineOptions([*DEFAULT_ARGS, *pipeline_args])
+        pipeline = beam.Pipeline(options=options)
     except ValueError as error:  # an unknown runner, or flags that its runner refuses
         raise ConfigError(f"beam = {' '.join(pipeline_args)!r}: {error}") from error
     _ = (
