@@ -9,18 +9,16 @@ N documents, P permutations (values of a signature), S spans, V verdicts.
 """
 
 import functools
-import glob
 import io
 import itertools
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ouro_jax.config import ConfigError
+from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.clean_parts import (
     DOCUMENT,
     DOCUMENTS,
@@ -46,7 +44,7 @@ from ouro_jax.data.fingerprints import (
 from ouro_jax.data.folder import TEMPORARY, Folder
 from ouro_jax.data.workers import Work, run_pieces
 
-REPORT, KEY = "report.json", f"{UNFINISHED}/key.txt"
+REPORT, MARK = "report.json", f"{UNFINISHED}/cleaning.txt"
 SHOWN_SOURCES = 40
 
 OnProgress = Callable[[str, int, int], None]
@@ -60,21 +58,35 @@ def clean(
 
     Neither `workers` nor kills change a byte. Returns the report at once if the folder is complete
     already. Raises ConfigError for bad input, and if the folder holds something else or has
-    another writer, RunError if a worker dies; then finished fingerprints stay.
+    another writer, RunError if the disk is full or a worker dies; then finished fingerprints stay.
     """
     folder = Folder(cleaning.output)
     with folder.locked():
         if folder.has(REPORT):
             return _complete(cleaning, folder)
         _begin(cleaning, folder)
-        _fingerprint(cleaning, folder, workers, on_progress)
-        on_progress("comparing", 0, 0)
-        documents_N, skipped = _decide(cleaning, folder)
-        _write(cleaning, documents_N, workers, on_progress)
-        report = _report(cleaning, documents_N, skipped)
-        folder.write_text(REPORT, json.dumps(report, indent=1))
-        folder.remove(UNFINISHED)
-        return report
+        try:
+            return _clean(cleaning, folder, workers, on_progress)
+        except BaseException as error:
+            if not any(name.endswith(DOCUMENTS) for name in folder.sizes(UNFINISHED)):
+                folder.remove()
+            if isinstance(error, OSError):
+                reason = error.strerror or error
+                raise RunError(f"{folder}: cannot be written ({reason}).") from error
+            raise
+
+
+def _clean(
+    cleaning: Cleaning, folder: Folder, workers: int, on_progress: OnProgress
+) -> dict[str, Any]:
+    _fingerprint(cleaning, folder, workers, on_progress)
+    on_progress("comparing", 0, 0)
+    documents_N, skipped = _decide(cleaning, folder)
+    _write(cleaning, documents_N, workers, on_progress)
+    report = _report(cleaning, documents_N, skipped)
+    folder.write_text(REPORT, json.dumps(report, indent=1))
+    folder.remove(UNFINISHED)
+    return report
 
 
 def _complete(cleaning: Cleaning, folder: Folder) -> dict[str, Any]:
@@ -89,36 +101,37 @@ def _complete(cleaning: Cleaning, folder: Folder) -> dict[str, Any]:
 
 
 def _begin(cleaning: Cleaning, folder: Folder) -> None:
+    """Marks an empty folder, or leaves nothing but fingerprints of what was marked before."""
     system, root = file_system(cleaning.output)
-    if folder.has(KEY):
-        if folder.read_text(KEY) != cleaning.key():
-            raise ConfigError(
-                f"{folder} holds an unfinished cleaning of other input or with other settings: "
-                "remove it or choose another folder."
-            )
-        if folder.is_local:
-            for path in glob.glob(f"{glob.escape(root)}/**/{TEMPORARY}*", recursive=True):
-                os.remove(path)
+    if folder.has(MARK):
+        for path in system.find(root):
+            inside = path.removeprefix(root).lstrip("/")
+            if not inside.startswith(f"{UNFINISHED}/") or TEMPORARY in inside:
+                system.rm_file(path)
     elif system.find(root):
         raise ConfigError(f"{folder} exists already and is not empty: choose another folder.")
     else:
-        folder.write_text(KEY, cleaning.key())
+        folder.write_text(MARK, "An unfinished cleaning: repeat the command.\n")
 
 
 def _fingerprint(cleaning: Cleaning, folder: Folder, workers: int, on_progress: OnProgress) -> None:
-    """Makes the fingerprints that are not there yet."""
-    present = folder.sizes(UNFINISHED)
+    """Makes the fingerprints that are not there yet, of the same input and settings."""
+    present = {f"{UNFINISHED}/{name}" for name in folder.sizes(UNFINISHED)}
     missing = [
         index
         for index in range(len(cleaning.parts))
-        if part_name(index, DOCUMENTS).rpartition("/")[2] not in present
+        if part_name(index, DOCUMENTS) not in present
+        or _load(folder, index)["key"] != cleaning.part_key(index)
     ]
     if missing:
-        work = functools.partial(
-            write_fingerprints, cleaning, evaluation_passages(cleaning.against)
-        )
+        passages = evaluation_passages(cleaning.against)
+        work = functools.partial(write_fingerprints, cleaning, passages)
         total = sum(span.size for index in missing for span in cleaning.parts[index])
         _run("reading", work, missing, workers, total, on_progress)
+
+
+def _load(folder: Folder, index: int) -> Mapping[str, np.ndarray]:
+    return np.load(io.BytesIO(folder.read_bytes(part_name(index, DOCUMENTS))))
 
 
 def _run(
@@ -146,7 +159,7 @@ def _decide(cleaning: Cleaning, folder: Folder) -> tuple[np.ndarray, list[str]]:
     """The documents of all parts, with spans numbered through and final verdicts; the skipped."""
     parts, first_span, skipped = [], 0, []
     for index, spans in enumerate(cleaning.parts):
-        part = np.load(io.BytesIO(folder.read_bytes(part_name(index, DOCUMENTS))))
+        part = _load(folder, index)
         documents_N = part["documents"]
         documents_N["span"] += first_span
         parts.append(documents_N)

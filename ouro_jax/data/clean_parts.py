@@ -79,7 +79,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 def write_fingerprints(
     cleaning: Cleaning, passages: np.ndarray, index: int, advance: Advance
 ) -> None:
-    """Makes the fingerprints of one part: its signatures, then `documents` and `skipped`."""
+    """Makes the fingerprints of one part: its signatures, then `documents`, `skipped` and `key`."""
     folder, bad = Folder(cleaning.output), BadRecords(cleaning.skip_bad)
     documents, unreported = [], 0
     with folder.writing(part_name(index, SIGNATURES)) as path, path.open("wb") as signatures:
@@ -100,6 +100,7 @@ def write_fingerprints(
             file,
             documents=np.array(documents, DOCUMENT),
             skipped=np.array(bad.places, np.str_),
+            key=cleaning.part_key(index),
         )
 
 
@@ -148,8 +149,8 @@ def write_kept(
                     file.write(_line(record, output))
             if count != len(is_kept):
                 raise ConfigError(
-                    f"{output.spans[0].path} has changed since its fingerprints were made: remove "
-                    f"{folder} and repeat the command."
+                    f"{output.spans[0].path} has changed since its fingerprints were made: repeat "
+                    "the command."
                 )
         advance(sum(span.size for span in output.spans), 0)
 

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import PurePath
+from typing import Any
 
 from ouro_jax.config import ConfigError, require
 from ouro_jax.data.corpus import Corpus, Span, plan_parts
@@ -17,22 +18,34 @@ PART_BYTES = 1 << 28  # 256 MiB of input are about half a minute of one core
 
 @dataclass(frozen=True)
 class Cleaning:
-    """All that decides what is kept; `outputs` and `sources` are by the path of an input file."""
+    """What decides what is kept, and where it goes.
+
+    `outputs`, `sources` and `modified` (Unix seconds) are by the path of an input file.
+    """
 
     output: str
     corpus: Corpus
     similarity: float
     skip_bad: int
-    files: tuple[File, ...]
     against: tuple[File, ...]
     parts: tuple[tuple[Span, ...], ...]
     outputs: Mapping[str, str]
     sources: Mapping[str, str]
+    modified: Mapping[str, float]
+
+    def part_key(self, index: int) -> str:
+        """A hash of what decides a part's fingerprints; of file contents, their sizes and times."""
+        spans = [(*astuple(span), self.modified[span.path]) for span in self.parts[index]]
+        return _hash([spans, astuple(self.corpus), self.against])
 
     def key(self) -> str:
-        """A hash of it all but the output; of file contents, their sizes and times."""
-        settings = {**asdict(self), "output": ""}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        """A hash of what decides the whole output."""
+        parts = [self.part_key(index) for index in range(len(self.parts))]
+        return _hash([parts, self.similarity, self.outputs, self.sources])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def plan_cleaning(
@@ -71,11 +84,11 @@ def plan_cleaning(
         corpus=corpus,
         similarity=similarity,
         skip_bad=skip_bad,
-        files=tuple(files),
         against=_find_evaluations(against),
         parts=parts,
         outputs=outputs,
         sources=sources,
+        modified={file.path: file.modified for file in files},
     )
 
 

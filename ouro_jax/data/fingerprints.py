@@ -26,6 +26,7 @@ NUM_PERMUTATIONS = 128  # the estimate's standard error at a similarity of 0.8 i
 # Candidates are compared again, so a missed pair weighs more than a false candidate: at a
 # threshold of 0.8 this gives 16 bands of 8, which find 95 % of the pairs at 0.8, 99 % at 0.85.
 BAND_WEIGHTS = (0.05, 0.95)
+MAX_BAND_SIMILARITY = 0.8  # those bands find 99.99 % of the pairs at 0.9; for 1 there are none
 UPDATE_SHINGLES = 4096  # hashed at once: 2 MB of temporaries, however long a document is
 COMPARE_ROWS = 1 << 16  # signatures read at once: 32 MB
 
@@ -108,7 +109,8 @@ def first_of_near_duplicates(signature_NP: np.ndarray, similarity: float) -> np.
     costs no more than its size. `signature_NP` may be a memory map; some 80 bytes a document are
     held besides.
     """
-    bands = datasketch().MinHashLSH(similarity, NUM_PERMUTATIONS, BAND_WEIGHTS)
+    threshold = min(similarity, MAX_BAND_SIMILARITY)
+    bands = datasketch().MinHashLSH(threshold, NUM_PERMUTATIONS, BAND_WEIGHTS)
     first_N = np.arange(len(signature_NP))
     for band in range(bands.b):
         key_N = _band_keys(signature_NP, slice(band * bands.r, (band + 1) * bands.r))

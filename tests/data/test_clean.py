@@ -1,5 +1,6 @@
 """Duplicates and quotes of evaluation sets are found, counted by source, and nothing else is."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -16,12 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ouro_jax.config import ConfigError
+from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data import clean as clean_module
 from ouro_jax.data import fingerprints
 from ouro_jax.data.clean import clean, describe_report
 from ouro_jax.data.clean_plan import plan_cleaning
 from ouro_jax.data.corpus import Corpus
+from ouro_jax.data.folder import Folder
 
 WORDS = [f"word{number}" for number in range(5000)]
 
@@ -135,7 +137,9 @@ def test_groups_are_those_of_brute_force(tmp_path):
     assert kept_texts(tmp_path, texts) == expected
 
 
-@pytest.mark.parametrize(("similarity", "num_kept"), [(0.95, 4), (0.85, 3), (0.7, 2), (0.4, 1)])
+@pytest.mark.parametrize(
+    ("similarity", "num_kept"), [(1, 4), (0.95, 4), (0.85, 3), (0.7, 2), (0.4, 1)]
+)
 def test_similarity_is_where_the_line_is(tmp_path, similarity, num_kept):
     original = prose(1000, 1)
     copies = [edited(original, edits, edits) for edits in (10, 25, 75)]
@@ -416,7 +420,8 @@ def test_mistakes_are_named(tmp_path):
         "cut.jsonl.gz": "cut.jsonl.gz: the file is cut off",
     }.items():
         with pytest.raises(ConfigError, match=message):
-            run(tmp_path, against=str(evals / name), output=f"out-{name[:4]}")
+            run(tmp_path, against=str(evals / name))
+        assert not (tmp_path / "out").exists()
     for options, message in {
         ("similarity", 0): "similarity",
         ("similarity", 1.1): "similarity",
@@ -436,7 +441,7 @@ def test_an_output_that_holds_something_else_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="mine exists already and is not empty"):
         run(tmp_path, output="mine")
     run(tmp_path)
-    for change in ({"similarity": 0.7}, {"against": str(path)}, {"skip_bad": 1}):
+    for change in ({"similarity": 0.7}, {"against": str(path)}, {"pattern": "in/../in/*"}):
         with pytest.raises(
             ConfigError, match="out exists already and holds what was kept of other"
         ):
@@ -446,20 +451,62 @@ def test_an_output_that_holds_something_else_is_refused(tmp_path):
         run(tmp_path)
 
 
-def test_an_unfinished_cleaning_of_other_settings_is_refused(tmp_path, monkeypatch):
-    path = write(tmp_path / "in/a.jsonl", [prose(30, 1)])
+def test_changed_input_is_read_again(tmp_path, monkeypatch):
+    """A file changes while it is being cleaned, another one is gone when that is repeated."""
+    corpus_of_many_files(tmp_path)
+    path = tmp_path / "in/s0/2.jsonl"
+    size = path.stat().st_size
 
     def change(*_):
-        path.write_bytes(path.read_bytes() * 2)
+        if path.stat().st_size == size:
+            path.write_bytes(path.read_bytes()[: size // 2])
         return write_kept(*_)
 
     write_kept = clean_module.write_kept
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="2.jsonl has changed"):
         patch.setattr(clean_module, "write_kept", change)
-        with pytest.raises(ConfigError, match="a.jsonl has changed since"):
-            run(tmp_path)
-    assert not (tmp_path / "out/a.jsonl").exists()
-    with pytest.raises(ConfigError, match="out holds an unfinished cleaning of other input"):
+        run(tmp_path, part_bytes=3000, skip_bad=1)
+    assert (tmp_path / "out/s0/0.jsonl").exists() and not (tmp_path / "out/s0/2.jsonl").exists()
+    (tmp_path / "in/s0/0.jsonl").unlink()
+    whole = run(tmp_path, output="whole", part_bytes=3000, skip_bad=1)
+    assert run(tmp_path, part_bytes=3000, skip_bad=1) == whole
+    assert sorted(whole[1]) == ["s0/2.jsonl", "s1/1.jsonl", "s1/3.jsonl"]
+
+
+def test_other_settings_after_a_stop(tmp_path, monkeypatch):
+    """The line for near duplicates needs no new fingerprints, other evaluation sets do."""
+    corpus_of_many_files(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(clean_module, "write_kept", lambda *_: 1 / 0)
+        run(tmp_path, part_bytes=3000)
+    made = []
+    original = clean_module.write_fingerprints
+    monkeypatch.setattr(
+        clean_module, "write_fingerprints", lambda *args: made.append(args[2]) or original(*args)
+    )
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(clean_module, "write_kept", lambda *_: 1 / 0)
+        run(tmp_path, part_bytes=3000, similarity=1.0)
+    assert not made
+    against = str(write(tmp_path / "e.jsonl", [prose(80, 5)]))
+    report, _ = run(tmp_path, part_bytes=3000, against=against)
+    assert made and report["total"]["contaminated"] == 1
+
+
+def test_one_writer_at_a_time(tmp_path):
+    write(tmp_path / "in/a.jsonl", [prose(30, 1)])
+    with Folder(tmp_path / "out").locked(), pytest.raises(ConfigError, match="another process"):
+        run(tmp_path)
+
+
+def test_a_full_disk_is_said_plainly(tmp_path, monkeypatch):
+    write(tmp_path / "in/a.jsonl", [prose(30, 1)])
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(clean_module.tempfile, "TemporaryFile", full)
+    with pytest.raises(RunError, match="out: cannot be written .No space left"):
         run(tmp_path)
 
 
