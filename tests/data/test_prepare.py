@@ -144,6 +144,7 @@ def test_a_finished_folder_is_left_alone_unless_its_input_is_another(tmp_path, c
     before = contents(tmp_path / "root")
     assert prepare(plan(tmp_path, corpus)) == manifest
     changes: list[dict[str, Any]] = [{"sequence_length": 16}, {"corpus": Corpus(field="text")}]
+    changes.append({"split": "train", "output": tmp_path / "root" / "own" / "all-32"})
     for change in changes:
         with pytest.raises(ConfigError, match="all-32 exists already and holds rows of other"):
             prepare(plan(tmp_path, corpus, **change))
@@ -174,6 +175,27 @@ def test_shards_of_changed_input_are_made_again(tmp_path, corpus):
     )
 
 
+def test_what_an_earlier_attempt_left_does_not_show(tmp_path, corpus):
+    expected = plan(tmp_path, corpus, output=tmp_path / "expected" / "own" / "rows")
+    prepare(expected)
+    old = plan(tmp_path, corpus, shard_bytes=1500)
+    for index in range(len(old.parts)):
+        write_part(old, index)
+    shard = Path(old.output) / "rows-00000.array_record"
+    for folder in (shard.parent, shard.parent / "unfinished"):
+        (folder / ".unfinished-rows-00000.array_record-1").touch()
+    new = plan(tmp_path, corpus)
+    write_part(new, 0)
+    os.truncate(shard, 100)
+    prepare(new)
+    assert contents(new.output) == contents(expected.output)
+    empty = plan(tmp_path, corpus, output=tmp_path / "empty" / "own" / "rows")
+    Path(empty.output).mkdir(parents=True)
+    (Path(empty.output) / ".unfinished-rows-00000.array_record-1").touch()  # killed in its first
+    prepare(empty)
+    assert contents(empty.output) == contents(expected.output)
+
+
 def test_two_writers_are_refused(tmp_path, corpus):
     preparation = plan(tmp_path, corpus)
     with Folder(preparation.output).locked():
@@ -199,6 +221,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, corpus, content, e
     with pytest.raises(ConfigError, match=error):
         prepare(plan(tmp_path, str(tmp_path / "bad.jsonl"), corpus=Corpus()))
     assert list(contents(tmp_path / "root")) == ["tokenizer.json"]
+    assert not (tmp_path / "root" / "own" / "all-32").exists()
 
 
 def test_a_late_failure_keeps_the_finished_shards(tmp_path, corpus):

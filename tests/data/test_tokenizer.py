@@ -10,6 +10,7 @@ from ouro_jax.config import ConfigError
 from ouro_jax.data.rows import DocumentCounts
 from ouro_jax.data.tokenizer import (
     encode,
+    encode_ahead,
     load_tokenizer,
     special_id,
     token_byte_lengths,
@@ -59,6 +60,15 @@ def test_documents_end_with_end_of_text_and_are_counted(small):
         [*encode(small, "the cat"), 0],
         [*encode(small, "é"), 0],
     ]
+
+
+def test_chunks_that_are_encoded_ahead_come_in_order(small, monkeypatch):
+    monkeypatch.setattr("ouro_jax.data.tokenizer.CHUNK_CHARACTERS", 10)
+    texts = [f"text {number}" for number in range(20)]
+    chunks = list(encode_ahead(small, texts))
+    assert len(chunks) == 10 and [text for chunk, _ in chunks for text in chunk] == texts
+    for chunk, encodings in chunks:
+        assert [small.decode(encoding.ids) for encoding in encodings] == chunk
 
 
 def test_other_names_of_the_end_of_text_are_known():
