@@ -117,8 +117,9 @@ def _title(sample: RowSample) -> str:
     which = "all" if seen == manifest.rows else f"{seen:,}, evenly spread, of"
     lines = [
         f"{manifest.source}: {which} {manifest.rows:,} rows of {manifest.sequence_length:,} tokens",
-        f"{len(sample.lengths):,} documents, {np.median(sample.lengths):,.0f} tokens in the median"
-        f" · padding {sample.padding_share:.2%}",
+        f"{len(sample.lengths):,} documents and pieces of cut ones, "
+        f"{np.median(sample.lengths):,.0f} tokens in the median · "
+        f"padding {sample.padding_share:.2%}",
     ]
     if sample.learnt is not None:
         lines[1] += f" · {sample.learnt.mean():.1%} of the tokens carry loss"
