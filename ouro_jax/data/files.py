@@ -80,7 +80,7 @@ def _files(system: Any, path: str) -> list[File]:
 
 def _modified(info: Mapping[str, Any]) -> float:
     """Unix seconds; 0 where the file system does not say it."""
-    time = next((info[key] for key in _MODIFIED if key in info), 0.0)
+    time: Any = next((info[key] for key in _MODIFIED if key in info), 0.0)
     return time if isinstance(time, float) else time.timestamp()
 
 
