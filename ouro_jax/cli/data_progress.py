@@ -11,7 +11,6 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -23,10 +22,9 @@ def show_progress() -> Iterator[Show]:
     """Yields `show(step, done_bytes, total_bytes, note="")`, a bar for every step, on stderr."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(20),
+        BarColumn(12),
         DownloadColumn(binary_units=True),
         TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
@@ -47,7 +45,7 @@ def preparation_note(show: Show) -> Callable[[Any], None]:
 
     def on_progress(progress: Any) -> None:
         speed = progress.tokens / max(time.monotonic() - start, 1e-3)
-        note = f"shard {progress.done_parts:,}/{progress.num_parts:,}, {speed:,.0f} tokens/s"
+        note = f"{progress.done_parts:,}/{progress.num_parts:,} shards, {speed / 1e6:.2f}M tokens/s"
         show("preparing", progress.done_bytes, progress.total_bytes, note)
 
     return on_progress
