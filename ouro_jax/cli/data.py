@@ -18,10 +18,10 @@ that was killed is continued by repeating it. On more than one machine: `--beam=
 """
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -216,11 +216,14 @@ def _described(manifest: Any) -> Mapping[str, Any]:
 
 
 def _show_rows(directory: str) -> None:
+    from ouro_jax.data.folder import Folder
     from ouro_jax.data.show import describe_rows
 
     require(FLAGS.rows >= 0, "rows", FLAGS.rows, "0 or more")
-    beside = Path(directory).absolute().parent.parent / "tokenizer.json"
-    tokenizer = FLAGS.tokenizer or (str(beside) if beside.is_file() else "")
+    place = directory if "://" in directory else os.path.abspath(directory)
+    root = Folder(place.rstrip("/").rsplit("/", 2)[0])
+    beside = root.path("tokenizer.json")
+    tokenizer = FLAGS.tokenizer or (beside if root.has("tokenizer.json") else "")
     if not tokenizer:
         print(f"(there is no {beside}: name a --tokenizer to see the rows as text)")
         return

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,10 @@ from ouro_jax.config import ConfigError, RunError, require
 
 # When a file was written, as gs://, s3:// and memory:// call it.
 _MODIFIED = ("mtime", "LastModified", "created")
+# Whose exceptions say that storage refuses or is out of reach; many of them are no OSErrors.
+_CLIENTS = {"gcsfs", "google", "aiohttp", "requests", "fsspec"}
+for _name in ("gcsfs", "fsspec"):  # they log what they raise, with tracebacks
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class File(NamedTuple):
@@ -30,7 +35,8 @@ def file_system(path: str) -> tuple[Any, str]:
     Raises ConfigError for an unknown scheme and for one whose package is not installed.
     """
     try:
-        return fsspec.core.url_to_fs(path)
+        # Remembered listings would not show what other processes have written since.
+        return fsspec.core.url_to_fs(path, use_listings_cache=False)
     except ImportError as error:
         raise ConfigError(f"{path}: {error}. Run pip install 'ouro_jax[data]'.") from error
     except ValueError as error:
@@ -65,12 +71,13 @@ def _local_files(path: str) -> list[File]:
 
 
 def _files(system: Any, path: str) -> list[File]:
-    if system.isfile(path):
-        found = {path: system.info(path)}
-    elif system.isdir(path):
-        found = system.find(path, detail=True)
-    else:
-        found = system.glob(path, detail=True)
+    found = {}
+    with refusals(system.unstrip_protocol(path)), contextlib.suppress(FileNotFoundError):
+        try:
+            info = system.info(path)
+            found = system.find(path, detail=True) if info["type"] == "directory" else {path: info}
+        except FileNotFoundError:
+            found = system.glob(path, detail=True)
     return [
         File(system.unstrip_protocol(name), info["size"], _modified(info))
         for name, info in found.items()
@@ -85,6 +92,29 @@ def _modified(info: Mapping[str, Any]) -> float:
 
 
 @contextlib.contextmanager
+def refusals(path: str, writing: bool = False) -> Iterator[None]:
+    """Names `path` where a disk or object storage refuses what the block does.
+
+    ConfigError when reading and for a missing bucket or folder, RunError when writing; a missing
+    file stays a FileNotFoundError when reading.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        client = type(error).__module__.partition(".")[0]
+        if is_missing and not writing or not (isinstance(error, OSError) or client in _CLIENTS):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        if "://" in path:
+            name = "no such bucket" if is_missing else f"{type(error).__name__}: {error}"
+            reason = f"{' '.join(name.split())}; check the name, the network and your credentials"
+        kind = RunError if writing and not is_missing else ConfigError
+        verb = "written" if writing else "read"
+        raise kind(f"{path}: cannot be {verb} ({reason}).") from error
+
+
+@contextlib.contextmanager
 def open_file(path: str, mode: str = "rb") -> Iterator[BinaryIO]:
     """Opens a file in a binary mode for the block.
 
@@ -92,10 +122,7 @@ def open_file(path: str, mode: str = "rb") -> Iterator[BinaryIO]:
     """
     system, bare = file_system(path)
     try:
-        with system.open(bare, mode) as file:
+        with refusals(path, writing="r" not in mode), system.open(bare, mode) as file:
             yield file
-    except OSError as error:
-        reason = error.strerror or error
-        if "r" in mode:
-            raise ConfigError(f"{path}: cannot be read ({reason}).") from error
-        raise RunError(f"{path}: cannot be written ({reason}).") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: cannot be read (No such file).") from error

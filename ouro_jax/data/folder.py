@@ -6,16 +6,16 @@ object storage.
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from ouro_jax.config import ConfigError, RunError
-from ouro_jax.data.files import file_system
+from ouro_jax.config import ConfigError
+from ouro_jax.data.files import file_system, refusals
 
 TEMPORARY = ".unfinished-"
 
@@ -43,41 +43,61 @@ class Folder:
 
     def sizes(self, inside: str = "") -> dict[str, int]:
         """Bytes of every file in the folder (or a folder `inside`), by name; empty if none is."""
+        sizes = {name: size for name, kind, size in self._entries(inside) if kind == "file"}
+        return dict(sorted(sizes.items()))
+
+    def folders(self) -> list[str]:
+        """The names of the folders in the folder, sorted."""
+        return sorted(name for name, kind, _ in self._entries() if kind == "directory")
+
+    def _entries(self, inside: str = "") -> list[tuple[str, str, int]]:
+        """Name, type and bytes of all that is in the folder, or in one inside."""
+        try:
+            entries = self._ask("ls", inside, detail=True)
+        except FileNotFoundError:
+            return []
         root = self._at(inside)
-        if not self._fs.isdir(root):
-            return {}
-        entries = self._fs.ls(root, detail=True)
-        files = {e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"}
-        return dict(sorted(files.items()))
+        paths = ((*entry["name"].rpartition("/"), entry) for entry in entries)
+        return [(name, e["type"], e["size"]) for folder, _, name, e in paths if folder == root]
 
     def read_texts(self, inside: str) -> dict[str, str]:
         """The text of every file in a folder inside, by name; object storage reads them at once."""
         paths = {self._at(f"{inside}/{name}"): name for name in self.sizes(inside)}
         if not paths:
             return {}
-        contents = self._fs.cat(list(paths))
+        with refusals(self.path(inside)):
+            contents = self._fs.cat(list(paths))
         return {paths[path]: content.decode("utf-8") for path, content in contents.items()}
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
-        return self._fs.isfile(self._at(name))
+        try:
+            return self._ask("info", name)["type"] == "file"
+        except FileNotFoundError:
+            return False
 
     def modified(self, name: str) -> float:
         """When a file was written, in Unix seconds."""
-        return self._fs.modified(self._at(name)).timestamp()
+        return self._ask("modified", name).timestamp()
 
     def read_bytes(self, name: str) -> bytes:
         """The bytes of a file."""
-        return self._fs.cat_file(self._at(name))
+        return self._ask("cat_file", name)
 
     def read_text(self, name: str) -> str:
         """The text of a file (UTF-8)."""
         return self.read_bytes(name).decode("utf-8")
 
-    def sha256(self, name: str) -> str:
-        """The SHA-256 of a file, in hexadecimal digits."""
-        with self._fs.open(self._at(name), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        """The file itself if it is on a disk, else a copy there for as long as the block takes."""
+        if self.is_local:
+            yield Path(self._at(name))
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            copy = Path(directory) / Path(name).name
+            self._ask("get_file", name, lpath=str(copy))
+            yield copy
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file whole."""
@@ -90,18 +110,15 @@ class Folder:
 
         RunError if the disk or the storage refuses it.
         """
-        try:
+        with refusals(self.path(name), writing=True):
             if self.is_local:
                 with self._aside(Path(self._at(name))) as temporary:
                     yield temporary
-            else:
-                with tempfile.TemporaryDirectory() as directory:
-                    temporary = Path(directory) / Path(name).name
-                    yield temporary
-                    self._fs.put_file(str(temporary), self._at(name))
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"{self.path(name)}: cannot be written ({reason}).") from error
+                return
+            with tempfile.TemporaryDirectory() as directory:
+                temporary = Path(directory) / Path(name).name
+                yield temporary
+                self._fs.put_file(str(temporary), self._at(name))
 
     @contextlib.contextmanager
     def _aside(self, path: Path) -> Iterator[Path]:
@@ -115,15 +132,15 @@ class Folder:
 
     def remove_temporaries(self) -> None:
         """Removes what a killed writer left aside; only while no other one can be at work."""
-        for inside in ("", *(self._folders_inside() if self.is_local else ())):
+        for inside in ("", *(self.folders() if self.is_local else ())):
             for name in self.sizes(inside):
                 if name.startswith(TEMPORARY):
                     self.remove(f"{inside}/{name}" if inside else name)
 
     def remove(self, name: str = "") -> None:
         """Removes a file or a folder in it, or the whole folder, if it is there."""
-        if self._fs.exists(self._at(name)):
-            self._fs.rm(self._at(name), recursive=True)
+        if self._ask("exists", name):
+            self._ask("rm", name, recursive=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -133,6 +150,8 @@ class Folder:
         equal writers write equal files.
         """
         if not self.is_local:
+            self.write_text(TEMPORARY, "")  # is refused now, not after the first hour
+            self.remove(TEMPORARY)
             yield
             return
         os.makedirs(self._root, exist_ok=True)
@@ -149,9 +168,10 @@ class Folder:
         finally:
             os.close(descriptor)
 
-    def _folders_inside(self) -> list[str]:
-        entries = self._fs.ls(self._root, detail=True)
-        return [e["name"].rpartition("/")[2] for e in entries if e["type"] == "directory"]
+    def _ask(self, question: str, name: str, **options: Any) -> Any:
+        """What a method of the file system says to a path; refusals are ConfigErrors."""
+        with refusals(self.path(name) if name else self._path):
+            return getattr(self._fs, question)(self._at(name), **options)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

@@ -22,6 +22,7 @@ from etils import epath
 
 from ouro_jax.config import ConfigError, nearest
 from ouro_jax.data.batch import Batch, batch_from_rows
+from ouro_jax.data.folder import Folder
 from ouro_jax.data.interleave import Interleave
 from ouro_jax.data.rows import MANIFEST, OPEN_SHARDS, Manifest, Row, RowSource, open_rows
 from ouro_jax.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_hash
@@ -222,6 +223,9 @@ def open_source(
 
 
 def _find_rows(root: epath.Path, source: str, split: str, sequence_length: int) -> epath.Path:
+    directory = root / source / f"{split}-{sequence_length}"
+    if Folder(directory).has(MANIFEST):
+        return directory
     available = list_sources(root)
     if not available:
         raise ConfigError(f"{root}: no prepared data there. Prepare some with `ouro data prepare`.")
@@ -231,27 +235,26 @@ def _find_rows(root: epath.Path, source: str, split: str, sequence_length: int) 
             f"{nearest(source, available)}"
         )
     lengths = [length for name, length in available[source] if name == split]
-    if sequence_length not in lengths:
-        there = f"the data rows have {', '.join(map(str, lengths))}" if lengths else "there is none"
-        longer = (
-            " The sequence is longer than the data rows."
-            if (lengths and sequence_length > max(lengths))
-            else ""
-        )
-        raise ConfigError(
-            f"sequence_length = {sequence_length}: source {source!r} in {root} has no {split!r} "
-            f"rows of this length; {there}.{longer}"
-        )
-    return root / source / f"{split}-{sequence_length}"
+    there = f"the data rows have {', '.join(map(str, lengths))}" if lengths else "there is none"
+    longer = (
+        " The sequence is longer than the data rows."
+        if (lengths and sequence_length > max(lengths))
+        else ""
+    )
+    raise ConfigError(
+        f"sequence_length = {sequence_length}: source {source!r} in {root} has no {split!r} "
+        f"rows of this length; {there}.{longer}"
+    )
 
 
 def list_sources(root: str | os.PathLike) -> dict[str, list[tuple[str, int]]]:
     """The (split, sequence length) pairs of every source found in `root`, sorted."""
     found: dict[str, list[tuple[str, int]]] = {}
-    for manifest in sorted(epath.Path(root).glob(f"*/*-*/{MANIFEST}")):
-        split, _, length = manifest.parent.name.rpartition("-")
-        if length.isdigit() and not split.startswith("."):  # a dot: still being written
-            found.setdefault(manifest.parent.parent.name, []).append((split, int(length)))
+    for source in Folder(root).folders():
+        for name in Folder(f"{root}/{source}").folders():
+            split, _, length = name.rpartition("-")
+            if length.isdigit() and Folder(f"{root}/{source}/{name}").has(MANIFEST):
+                found.setdefault(source, []).append((split, int(length)))
     return {name: sorted(entries) for name, entries in found.items()}
 
 

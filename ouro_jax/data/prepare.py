@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 from tokenizers import Tokenizer
@@ -409,14 +408,15 @@ def prepare_tokenizer(
     pattern: str, *, corpus: Corpus, vocab_size: int, output: str | os.PathLike
 ) -> Tokenizer:
     """Trains a byte-level BPE on the documents of `pattern`'s files and writes it to `output`."""
-    path = Path(output)
-    if path.exists():
-        raise ConfigError(f"{path} exists already; data may depend on it. Choose another name.")
+    directory, name = os.path.split(output)
+    folder = Folder(directory or ".")
+    if folder.has(name):
+        raise ConfigError(f"{output} exists already; data may depend on it. Choose another name.")
     spans = [span for part in plan_parts(find_files(pattern), corpus, SHARD_BYTES) for span in part]
     contents = read_documents(spans, corpus, BadRecords(0))
     texts = (text for content in contents for text in _texts(content))
     tokenizer = train_tokenizer(texts, vocab_size)
-    with Folder(path.parent).writing(path.name) as temporary:
+    with folder.writing(name) as temporary:
         tokenizer.save(str(temporary))
     return tokenizer
 

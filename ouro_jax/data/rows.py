@@ -223,13 +223,14 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
             f"{folder}: no {MANIFEST}: these are not rows, or their preparation is unfinished. "
             "Repeat its `ouro data prepare` command to go on."
         )
+    content = folder.read_bytes(MANIFEST)
     try:
-        fields = json.loads(folder.read_text(MANIFEST))
+        fields = json.loads(content)
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f'"format" is not {FORMAT!r}')
         shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
         return Manifest(shards=shards, **fields)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not a readable manifest of prepared rows ({error}). "
             "Prepare the data again with `ouro data prepare`."
@@ -282,23 +283,25 @@ def _verify_shard(
     """Reads a shard: checksum, row count, lengths, token ids. Returns its tokens."""
     folder, shard = Folder(directory), manifest.shards[number]
     path = folder.path(shard.name)
-    if folder.sha256(shard.name) != shard.sha256:
-        raise ConfigError(f"{path}: the checksum differs from the manifest's.")
     dtype, length = token_dtype(manifest.vocab_size), manifest.sequence_length
-    reader, tokens = ArrayRecordReader(path), 0
-    if reader.num_records() != shard.rows:
-        raise ConfigError(
-            f"{path}: {reader.num_records():,} rows, the manifest says {shard.rows:,}."
-        )
-    for index in range(shard.rows):
-        row = decode_row(reader.read(), dtype, length, manifest.has_loss_mask)
-        used, highest = int(row.segment_lengths.sum()), int(row.tokens.max())
-        if used > length or highest >= manifest.vocab_size:
+    # Record by record from object storage would take a request for each.
+    with folder.reading(shard.name) as local:
+        if file_sha256(local) != shard.sha256:
+            raise ConfigError(f"{path}: the checksum differs from the manifest's.")
+        reader, tokens = ArrayRecordReader(str(local)), 0
+        if reader.num_records() != shard.rows:
             raise ConfigError(
-                f"{path}, record {index} does not fit the manifest: {used} tokens in a row of "
-                f"{length}, highest id {highest} of a vocabulary of {manifest.vocab_size}."
+                f"{path}: {reader.num_records():,} rows, the manifest says {shard.rows:,}."
             )
-        tokens += used
-    reader.close()
+        for index in range(shard.rows):
+            row = decode_row(reader.read(), dtype, length, manifest.has_loss_mask)
+            used, highest = int(row.segment_lengths.sum()), int(row.tokens.max())
+            if used > length or highest >= manifest.vocab_size:
+                raise ConfigError(
+                    f"{path}, record {index} does not fit the manifest: {used} tokens in a row of "
+                    f"{length}, highest id {highest} of a vocabulary of {manifest.vocab_size}."
+                )
+            tokens += used
+        reader.close()
     advance(shard.bytes, tokens)
     return tokens
