@@ -7,6 +7,7 @@ object storage.
 import contextlib
 import fcntl
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,7 +124,9 @@ class Folder:
     @contextlib.contextmanager
     def _aside(self, path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+        # Process numbers repeat: containers that share a disk may all be number 7.
+        writer = f"{socket.gethostname()}-{os.getpid()}"
+        temporary = path.with_name(f"{TEMPORARY}{path.name}-{writer}")
         try:
             yield temporary
             temporary.replace(path)
