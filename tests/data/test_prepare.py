@@ -107,19 +107,20 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, corpus):
     prepare(whole)
     script = tmp_path / "prepare.py"
     script.write_text(f"""
-import time
+import sys, time
 from pathlib import Path
 from ouro_jax.data.corpus import *
 from ouro_jax.data.prepare import *
-def slowly(progress):
-    time.sleep(0.05)
+def wait_for_the_kill(progress):
+    if progress.done_parts == int(sys.argv[1]):
+        time.sleep(60)
 if __name__ == "__main__":
-    prepare({killed!r}, 1, slowly)
+    prepare({killed!r}, 1, wait_for_the_kill)
 """)
     folder = Folder(killed.output)
     for finished in (1, 4):
         run = subprocess.Popen(
-            [sys.executable, script],
+            [sys.executable, script, str(finished)],
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         )
         while len(folder.sizes("unfinished")) < finished:
