@@ -112,7 +112,11 @@ def _prepare(_: str) -> Mapping[str, Any]:
         skip_bad=FLAGS.skip_bad,
     )
     if FLAGS.beam:
-        return _described(prepare_with_beam(preparation, shlex.split(FLAGS.beam)))
+        try:
+            arguments = shlex.split(FLAGS.beam)
+        except ValueError as error:
+            raise ConfigError(f"--beam={FLAGS.beam}: {error}.") from error
+        return _described(prepare_with_beam(preparation, arguments))
     with show_progress() as show:
         manifest = prepare(preparation, _workers(), preparation_note(show))
     return _described(manifest)

@@ -38,22 +38,25 @@ def prepare_with_beam(preparation: Preparation, pipeline_args: Sequence[str]) ->
             return manifest
         folder = Folder(preparation.output)
         folder.remove(FAILED)
-        state = _run_pipeline(preparation, pipeline_args)
+        there = finished_parts(preparation)
+        missing = [index for index in range(len(preparation.parts)) if index not in there]
+        state = _run_pipeline(preparation, missing, pipeline_args)
         failures = folder.read_texts(FAILED)
         folder.remove(FAILED)
         if failures:
             raise ConfigError(next(iter(failures.values())))
         parts = finished_parts(preparation)
-        missing = len(preparation.parts) - len(parts)
-        if missing:
+        if len(parts) < len(preparation.parts):
             raise RunError(
-                f"{folder}: the pipeline ended ({state}) without {missing:,} of "
+                f"{folder}: the pipeline ended ({state}) with {len(parts):,} of "
                 f"{len(preparation.parts):,} shards."
             )
         return finish(preparation, [parts[index] for index in sorted(parts)])
 
 
-def _run_pipeline(preparation: Preparation, pipeline_args: Sequence[str]) -> str:
+def _run_pipeline(
+    preparation: Preparation, missing: Sequence[int], pipeline_args: Sequence[str]
+) -> str:
     """Runs it to its end and returns the runner's word for how it ended."""
     try:
         import apache_beam as beam
@@ -67,7 +70,7 @@ def _run_pipeline(preparation: Preparation, pipeline_args: Sequence[str]) -> str
         raise ConfigError(f"beam = {' '.join(pipeline_args)!r}: {error}") from error
     _ = (
         pipeline
-        | "parts" >> beam.Create(range(len(preparation.parts)))
+        | "parts" >> beam.Create(missing)
         | "spread" >> beam.Reshuffle()
         | "write" >> beam.Map(_write_part, preparation)
     )

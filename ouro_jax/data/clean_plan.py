@@ -66,6 +66,7 @@ def plan_cleaning(
     """
     require(0 < similarity <= 1, "similarity", similarity, "above 0, at most 1")
     require(skip_bad >= 0, "skip_bad", skip_bad, "0 or more")
+    require(part_bytes >= 1, "shard_bytes", part_bytes, "at least 1")
     datasketch()
     files = find_files(pattern)
     parts = tuple(plan_parts(files, corpus, part_bytes))

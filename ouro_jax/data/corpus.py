@@ -155,8 +155,9 @@ def _dataset_files(files: Sequence[File]) -> list[File]:
         )
     found = []
     for state in states:
-        for entry in _read_json(state, "_data_files"):
-            path = f"{state.rpartition('/')[0]}/{entry['filename']}"
+        for entry in _read_json(state, "_data_files") or []:
+            name = entry.get("filename") if isinstance(entry, Mapping) else None
+            path = f"{state.rpartition('/')[0]}/{name}"
             if path not in by_path:
                 raise ConfigError(f"{path}: {state} names this file; it is missing.")
             found.append(by_path[path])

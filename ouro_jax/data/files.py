@@ -85,6 +85,18 @@ def _files(system: Any, path: str) -> list[File]:
     ]
 
 
+def modified(path: str) -> float:
+    """When a file was written, as `find_files` says it; ConfigError if it is gone."""
+    system, bare = file_system(path)
+    try:
+        if isinstance(system, LocalFileSystem):
+            return os.stat(path).st_mtime
+        with refusals(path):
+            return _modified(system.info(bare))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: cannot be read (No such file).") from error
+
+
 def _modified(info: Mapping[str, Any]) -> float:
     """Unix seconds; 0 where the file system does not say it."""
     time: Any = next((info[key] for key in _MODIFIED if key in info), 0.0)

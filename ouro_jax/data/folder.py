@@ -77,6 +77,13 @@ class Folder:
         except FileNotFoundError:
             return False
 
+    def size(self, name: str) -> int:
+        """Bytes of a file; -1 if there is none."""
+        try:
+            return self._ask("info", name)["size"]
+        except FileNotFoundError:
+            return -1
+
     def modified(self, name: str) -> float:
         """When a file was written, in Unix seconds."""
         return self._ask("modified", name).timestamp()
@@ -103,7 +110,8 @@ class Folder:
     def write_text(self, name: str, text: str) -> None:
         """Writes a file whole."""
         with self.writing(name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            # Half of a character pair, as names and keys of the input may hold, is spelt out.
+            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -157,8 +165,9 @@ class Folder:
             self.remove(TEMPORARY)
             yield
             return
-        os.makedirs(self._root, exist_ok=True)
-        descriptor = os.open(self._root, os.O_RDONLY)
+        with refusals(self._path, writing=True):
+            os.makedirs(self._root, exist_ok=True)
+            descriptor = os.open(self._root, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

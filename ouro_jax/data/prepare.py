@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from ouro_jax.config import ConfigError, RunError, require, require_choice
 from ouro_jax.data.chat import Message, chat_documents
 from ouro_jax.data.corpus import BadRecords, Content, Corpus, Span, plan_parts, read_documents
-from ouro_jax.data.files import find_files
-from ouro_jax.data.folder import Folder
-from ouro_jax.data.packing import Document, pack
+from ouro_jax.data.files import find_files, modified
+from ouro_jax.data.folder import TEMPORARY, Folder
+from ouro_jax.data.packing import WINDOW_TOKENS, Document, pack
 from ouro_jax.data.rows import (
     MANIFEST,
     DocumentCounts,
@@ -34,11 +34,18 @@ from ouro_jax.data.rows import (
     write_shard,
 )
 from ouro_jax.data.splits import in_split
-from ouro_jax.data.tokenizer import load_tokenizer, tokenize, tokenizer_hash, train_tokenizer
+from ouro_jax.data.tokenizer import (
+    load_tokenizer,
+    tokenize,
+    tokenizer_hash,
+    train_tokenizer,
+    vocabulary_size,
+)
 from ouro_jax.data.workers import Advance, run_pieces
 
 SPLITS = ("all", "train", "heldout")
 UNFINISHED, SKIPPED, SHARD_SUFFIX = "unfinished", "skipped.txt", ".array_record"
+STARTED = f"{UNFINISHED}/started"
 # 256 MiB of text: about 64M tokens, a shard of 128 MB, one or two minutes of one core.
 SHARD_BYTES = 1 << 28
 REPORT_TOKENS = 1 << 17
@@ -148,26 +155,28 @@ def plan_preparation(
     text: `heldout` about one in 20, `train` the others. At most `skip_bad` unreadable records
     are left out; one more is a ConfigError.
     """
-    require(sequence_length >= 2, "sequence_length", sequence_length, "at least 2")
+    most = WINDOW_TOKENS
+    expected = f"2 to {most:,}"
+    require(2 <= sequence_length <= most, "sequence_length", sequence_length, expected)
     require(shard_bytes >= 1, "shard_bytes", shard_bytes, "at least 1")
     require(skip_bad >= 0, "skip_bad", skip_bad, "0 or more")
     require_choice(split, SPLITS, "split")
     loaded = load_tokenizer(tokenizer)
     files = find_files(pattern)
-    modified = {file.path: file.modified for file in files}
+    times = {file.path: file.modified for file in files}
     parts = tuple(tuple(spans) for spans in plan_parts(files, corpus, shard_bytes))
     return Preparation(
         output=os.fspath(output),
         tokenizer=os.fspath(tokenizer),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        vocab_size=loaded.get_vocab_size(),
+        vocab_size=vocabulary_size(loaded),
         sequence_length=sequence_length,
         split=split,
         corpus=corpus,
         skip_bad=skip_bad,
         base=os.path.commonprefix([file.path for file in files]).rpartition("/")[0],
         parts=parts,
-        modified=tuple(max(modified[span.path] for span in spans) for spans in parts),
+        modified=tuple(max(times[span.path] for span in spans) for spans in parts),
     )
 
 
@@ -197,21 +206,38 @@ def preparing(preparation: Preparation) -> Iterator[Manifest | None]:
         if folder.has(MANIFEST):
             yield _complete(preparation, folder)
             return
-        folder.remove_temporaries()
-        if folder.sizes() and not folder.sizes(UNFINISHED):
-            raise ConfigError(f"{folder} exists already and holds no rows: choose another folder.")
+        _begin(folder)
         try:
             yield None
         except BaseException as error:
             folder.remove_temporaries()
-            kept = len(folder.sizes(UNFINISHED))
+            kept = sum(name.endswith(".json") for name in folder.sizes(UNFINISHED))
             if not kept:
-                folder.remove()
+                _remove_unfinished(folder)
             elif isinstance(error, ConfigError | RunError):
                 raise type(error)(
                     f"{error} ({kept:,} finished shards stay in {folder}: repeat the command.)"
                 ) from error
             raise
+
+
+def _begin(folder: Folder) -> None:
+    """Marks the folder as a preparation's own; refuses one that holds anything else."""
+    if not folder.sizes(UNFINISHED):
+        files = {name for name in folder.sizes() if not name.startswith(TEMPORARY)}
+        if files or set(folder.folders()) - {UNFINISHED}:
+            raise ConfigError(f"{folder} exists already and holds no rows: choose another folder.")
+        folder.write_text(STARTED, "Rows are being prepared here.\n")
+    folder.remove_temporaries()
+
+
+def _remove_unfinished(folder: Folder) -> None:
+    for name in folder.sizes():
+        if name.endswith(SHARD_SUFFIX):
+            folder.remove(name)
+    folder.remove(UNFINISHED)
+    if not folder.sizes() and not folder.folders():
+        folder.remove()
 
 
 def _complete(preparation: Preparation, folder: Folder) -> Manifest:
@@ -222,6 +248,8 @@ def _complete(preparation: Preparation, folder: Folder) -> Manifest:
             f"{folder} exists already and holds rows of other input, of older files or of other "
             "settings: remove it or choose another folder."
         )
+    if manifest.skipped > preparation.skip_bad:
+        _check_skipped(preparation, folder.read_text(SKIPPED).splitlines())
     return manifest
 
 
@@ -241,23 +269,24 @@ def _make_parts(
             on_progress(progress)
 
     missing = [index for index in numbers if index not in parts]
-    skipped = sum(len(part.skipped) for part in parts.values())
+    skipped = [place for part in parts.values() for place in part.skipped]
+    _check_skipped(preparation, skipped)
     for index, part in run_pieces(
         functools.partial(write_part, preparation), missing, workers, advance
     ):
         parts[index] = part
         progress.end_part(sizes[index], part.text_bytes)
         advance(0, 0)
-        skipped += len(part.skipped)
-        _check_skipped(preparation, skipped, part)
+        skipped += part.skipped
+        _check_skipped(preparation, skipped)
     return [parts[index] for index in numbers]
 
 
-def _check_skipped(preparation: Preparation, skipped: int, part: Part) -> None:
-    if skipped > preparation.skip_bad:
+def _check_skipped(preparation: Preparation, skipped: Sequence[str]) -> None:
+    if len(skipped) > preparation.skip_bad:
         raise ConfigError(
-            f"{skipped:,} unreadable records, skip_bad = {preparation.skip_bad:,} allows no more; "
-            f"the last: {part.skipped[-1]}"
+            f"{len(skipped):,} unreadable records, skip_bad = {preparation.skip_bad:,} allows no "
+            f"more; the last: {skipped[-1]}"
         )
 
 
@@ -269,14 +298,14 @@ def finished_parts(preparation: Preparation) -> dict[int, Part]:
     parts = {}
     for index in range(len(preparation.parts)) if records else ():
         record = records.get(f"{_part_name(index)}.json")
-        part = record and _read_part(preparation, index, record, shards)
+        part = record and _read_part(preparation, index, record, lambda name: shards.get(name, -1))
         if part:
             parts[index] = part
     return parts
 
 
 def _read_part(
-    preparation: Preparation, index: int, record: str, shards: Mapping[str, int]
+    preparation: Preparation, index: int, record: str, size_of: Callable[[str], int]
 ) -> Part | None:
     """The part of a record, unless its input, settings or shard are no longer the same."""
     fields = json.loads(record)
@@ -284,7 +313,7 @@ def _read_part(
     skipped = tuple(fields.pop("skipped"))
     part = Part(**fields, shard=Shard(**shard) if shard else None, skipped=skipped)
     same = (part.key, part.modified) == (preparation.part_key(index), preparation.modified[index])
-    whole = part.shard is None or shards.get(part.shard.name) == part.shard.bytes
+    whole = part.shard is None or size_of(part.shard.name) == part.shard.bytes
     return part if same and whole else None
 
 
@@ -299,7 +328,7 @@ def write_part(preparation: Preparation, index: int, advance: Advance = lambda *
     """
     folder, name = Folder(preparation.output), f"{UNFINISHED}/{_part_name(index)}.json"
     if folder.has(name):
-        part = _read_part(preparation, index, folder.read_text(name), folder.sizes())
+        part = _read_part(preparation, index, folder.read_text(name), folder.size)
         if part:
             return part
     counts, bad = DocumentCounts(), BadRecords(preparation.skip_bad)
@@ -311,6 +340,7 @@ def write_part(preparation: Preparation, index: int, advance: Advance = lambda *
         preparation.sequence_length,
         preparation.vocab_size,
     )
+    _check_unchanged(preparation, index)
     part = Part(
         key=preparation.part_key(index),
         modified=preparation.modified[index],
@@ -321,6 +351,13 @@ def write_part(preparation: Preparation, index: int, advance: Advance = lambda *
     )
     folder.write_text(name, json.dumps(dataclasses.asdict(part)))
     return part
+
+
+def _check_unchanged(preparation: Preparation, index: int) -> None:
+    """What was read is what was planned only if no file was written in between."""
+    for path in dict.fromkeys(span.path for span in preparation.parts[index]):
+        if modified(path) > preparation.modified[index]:
+            raise ConfigError(f"{path} was written while it was read: repeat the command.")
 
 
 def _documents(
@@ -367,9 +404,7 @@ def finish(preparation: Preparation, parts: Sequence[Part]) -> Manifest:
     or if there are no rows.
     """
     skipped = [place for part in parts for place in part.skipped]
-    for part in parts:
-        if part.skipped:
-            _check_skipped(preparation, len(skipped), part)
+    _check_skipped(preparation, skipped)
     shards = tuple(part.shard for part in parts if part.shard is not None)
     folder = Folder(preparation.output)
     if not shards:

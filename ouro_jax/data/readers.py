@@ -9,6 +9,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ouro_jax.data.files import open_file
 
 BLOCK = 1 << 20  # bytes of a read; lines are cut out of blocks
 COMPRESSED_BLOCK = 1 << 17  # what is decompressed at once, and lost where it is damaged
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 ARROW_BATCH = 256  # rows taken apart at once: 256 documents of 100 KB are 26 MB
 # What `zstd --long=31` needs to be read, the most there is; other files use less.
 ZSTD_WINDOW = 1 << 31
@@ -186,7 +188,11 @@ class ArrowRows:
         except pyarrow.ArrowException as error:
             raise ConfigError(f"{self._span.path}: no Arrow stream ({error}).") from error
         self._columns = _columns(self._span.path, stream.schema.names, self._fields)
-        return iter(stream)
+        yield from stream
+        # Cut off between two batches, a stream ends without a word.
+        raw.seek(-len(END_OF_STREAM), os.SEEK_END)
+        if raw.read() != END_OF_STREAM:
+            raise BrokenFile("the end-of-stream mark is missing")
 
     def parse(self, raw: tuple[Any, ...]) -> dict[str, Any]:
         """The values of a row by column."""
@@ -194,6 +200,8 @@ class ArrowRows:
             return {name: value.as_py() for name, value in zip(self._columns, raw, strict=True)}
         except UnicodeDecodeError as error:
             raise ConfigError(f"not UTF-8 ({error.reason}).") from error
+        except (ValueError, OverflowError) as error:  # times that Python has none of
+            raise ConfigError(f"a value cannot be read ({error}).") from error
 
     def place(self, number: int) -> str:
         """File and row."""
@@ -240,6 +248,9 @@ def _columns(path: str, names: Sequence[str], fields: Fields) -> list[str]:
             raise ConfigError(
                 f"{path}: no column {name!r}; there are {', '.join(names)}.{nearest(name, names)}"
             )
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: there are {names.count(name)} columns {name!r}.")
     if fields.others:
         return list(names)
     return [*fields.required, *(name for name in fields.optional if name in names)]
@@ -297,13 +308,18 @@ class _Decompressed(io.RawIOBase):
 
     def _decompress(self) -> bool:
         """Makes more data ready, perhaps none yet; False at the end of the last member."""
-        ended = self._member.eof
-        data = (self._member.unused_data if ended else b"") or self._file.read(COMPRESSED_BLOCK)
-        if not data:
-            if ended:
-                return False
-            raise BrokenFile("the compressed data ends too soon")
-        if ended:
+        if not self._member.eof:
+            data = self._file.read(COMPRESSED_BLOCK)
+            if not data:
+                raise BrokenFile("the compressed data ends too soon")
+        else:
+            # Zeros after a member are padding, as tape and tar leave it.
+            data = self._member.unused_data.lstrip(b"\0")
+            while not data:
+                block = self._file.read(COMPRESSED_BLOCK)
+                if not block:
+                    return False
+                data = block.lstrip(b"\0")
             self._member = self._new_member()
         try:
             self._ready = memoryview(self._member.decompress(data))

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -25,6 +25,7 @@ from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.workers import Advance, run_pieces
 
+T = TypeVar("T")
 FORMAT = "ouro_jax rows 2"
 MANIFEST = "manifest.json"
 # An open shard costs a file descriptor and 8 bytes a row; 6T tokens at 4,096 are 90,000 shards.
@@ -217,7 +218,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     folder = Folder(directory)
     path = folder.path(MANIFEST)
     if not folder.has(MANIFEST):
-        if not folder.sizes():
+        if not folder.sizes() and not folder.folders():
             raise ConfigError(f"{folder}: no such folder of prepared rows.")
         raise ConfigError(
             f"{folder}: no {MANIFEST}: these are not rows, or their preparation is unfinished. "
@@ -228,13 +229,27 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
         fields = json.loads(content)
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f'"format" is not {FORMAT!r}')
-        shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
-        return Manifest(shards=shards, **fields)
+        shards = tuple(_typed(Shard(**shard)) for shard in fields.pop("shards"))
+        manifest = _typed(Manifest(shards=shards, **fields))
+        if min(manifest.rows, manifest.tokens, manifest.sequence_length) < 1:
+            raise ValueError("rows, tokens and sequence_length are at least 1")
+        if manifest.dtype != token_dtype(manifest.vocab_size).name:
+            raise ValueError(f"dtype {manifest.dtype!r} with {manifest.vocab_size} entries")
+        return manifest
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not a readable manifest of prepared rows ({error}). "
             "Prepare the data again with `ouro data prepare`."
         ) from error
+
+
+def _typed(record: T) -> T:
+    """`record`, a dataclass read from JSON; ValueError if a field is of another type."""
+    for field in dataclasses.fields(record):  # type: ignore[reportArgumentType]
+        value = getattr(record, field.name)
+        if isinstance(field.type, type) and type(value) is not field.type:
+            raise ValueError(f"{field.name} = {value!r}, expected {field.type.__name__}")
+    return record
 
 
 def open_rows(directory: str | os.PathLike) -> RowSource:
@@ -244,6 +259,11 @@ def open_rows(directory: str | os.PathLike) -> RowSource:
     are checked by `verify_rows` only.
     """
     folder, manifest = Folder(directory), read_manifest(directory)
+    rows = sum(shard.rows for shard in manifest.shards)
+    if rows != manifest.rows:
+        raise ConfigError(
+            f"{folder.path(MANIFEST)}: its shards hold {rows:,} rows, not {manifest.rows:,}."
+        )
     sizes = folder.sizes()  # one listing: tens of thousands of shards may lie there
     for shard in manifest.shards:
         path = folder.path(shard.name)
@@ -268,12 +288,8 @@ def verify_rows(
     work = functools.partial(_verify_shard, directory, manifest)
     tokens = sum(tokens for _, tokens in run_pieces(work, range(len(manifest.shards)), workers,
                                                     advance))  # fmt: skip
-    rows = sum(shard.rows for shard in manifest.shards)
-    if (tokens, rows) != (manifest.tokens, manifest.rows):
-        raise ConfigError(
-            f"{directory}: {tokens:,} tokens in {rows:,} rows, the manifest says "
-            f"{manifest.tokens:,} in {manifest.rows:,}."
-        )
+    if tokens != manifest.tokens:
+        raise ConfigError(f"{directory}: {tokens:,} tokens, the manifest says {manifest.tokens:,}.")
     return manifest
 
 
@@ -294,7 +310,12 @@ def _verify_shard(
                 f"{path}: {reader.num_records():,} rows, the manifest says {shard.rows:,}."
             )
         for index in range(shard.rows):
-            row = decode_row(reader.read(), dtype, length, manifest.has_loss_mask)
+            try:
+                row = decode_row(reader.read(), dtype, length, manifest.has_loss_mask)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{path}, record {index} does not fit the manifest: {error}."
+                ) from error
             used, highest = int(row.segment_lengths.sum()), int(row.tokens.max())
             if used > length or highest >= manifest.vocab_size:
                 raise ConfigError(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ouro_jax.config import ConfigError
 from ouro_jax.data.folder import Folder
@@ -69,6 +69,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ConfigError(f"{path}: not a readable tokenizer.json ({error}).") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # Some files do not call their control tokens special: then a text could spell them.
+    known = [name for name in (*END_OF_TEXT_NAMES, IM_START, IM_END) if tokenizer.token_to_id(name)
+             is not None]  # fmt: skip
+    tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in known])
     return _literal(tokenizer)
 
 
@@ -89,6 +93,11 @@ def _literal(tokenizer: Tokenizer) -> Tokenizer:
     """Special tokens spelt out inside a text become ordinary tokens, not special ones."""
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the highest id; some tokenizers leave ids out."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def special_id(tokenizer: Tokenizer, *names: str) -> int:
@@ -161,7 +170,7 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """
     if "ByteLevel" not in str(tokenizer.decoder):
         raise ConfigError("Bits per byte need a byte-level tokenizer; this one is of another kind.")
-    lengths_V = np.zeros(tokenizer.get_vocab_size(), np.int32)
+    lengths_V = np.zeros(vocabulary_size(tokenizer), np.int32)
     for token, token_id in tokenizer.get_vocab().items():
         lengths_V[token_id] = len(token)
     for token_id, added in tokenizer.get_added_tokens_decoder().items():

@@ -3,6 +3,7 @@
 For more than one machine there is Beam (`beam.py`).
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -49,9 +50,13 @@ def run_pieces(
         min(workers, len(pieces)), context, _start_worker, (work, amounts, stop)
     )
     try:
-        pending = {pool.submit(_run_piece, piece): piece for piece in pieces}
-        reported = [0, 0]
-        while pending:
+        waiting, pending, reported = iter(pieces), {}, [0, 0]
+        while True:
+            # A few pieces for each worker at a time: waiting looks at every one of them.
+            for piece in itertools.islice(waiting, 3 * workers - len(pending)):
+                pending[pool.submit(_run_piece, piece)] = piece
+            if not pending:
+                return
             done, _ = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
             now = amounts[:]
             advance(now[0] - reported[0], now[1] - reported[1])

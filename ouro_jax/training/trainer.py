@@ -14,7 +14,7 @@ from etils import epath
 
 from ouro_jax.config import Config, ConfigError, ModelConfig, Stage, to_dict
 from ouro_jax.data.embedded import SOURCES, build_embedded
-from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash
+from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from ouro_jax.parallel.devices import peak_flops
 from ouro_jax.parallel.mesh import (
     batch_sharding,
@@ -310,7 +310,7 @@ def event(name: str, position: Position) -> dict[str, Any]:
 
 def _check_tokenizer(config: Config, data_root: epath.Path) -> None:
     path = data_root / "tokenizer.json"
-    size = load_tokenizer(path).get_vocab_size()
+    size = vocabulary_size(load_tokenizer(path))
     if size > config.model.vocab_size:
         raise ConfigError(
             f"{path} has {size:,} entries, more than model.vocab_size = "

@@ -79,6 +79,7 @@ def test_wrong_use_leaves_with_2_and_says_why():
         (["verfy"], "Did you mean 'verify'?"),
         (["verify"], "name the folder"),
         (["prepare"], "--input is missing"),
+        (["clean", f"--input={__file__}", "--shard_bytes=0", "--output=x"], "shard_bytes = 0"),
         ([], "expected one of clean, prepare, tokenizer, verify, inspect"),
     ):
         result = ouro_data(*arguments)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ouro_jax.config import ConfigError
+from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.corpus import Corpus
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.mixture import open_mixture
@@ -21,6 +21,7 @@ from ouro_jax.data.prepare import (
     plan_preparation,
     prepare,
     prepare_tokenizer,
+    preparing,
     write_part,
 )
 from ouro_jax.data.rows import open_rows, read_manifest, verify_rows
@@ -123,7 +124,7 @@ if __name__ == "__main__":
             [sys.executable, script, str(finished)],
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         )
-        while len(folder.sizes("unfinished")) < finished:
+        while sum(name.endswith(".json") for name in folder.sizes("unfinished")) < finished:
             assert run.poll() is None
             time.sleep(0.01)
         run.send_signal(signal.SIGKILL)
@@ -195,6 +196,52 @@ def test_what_an_earlier_attempt_left_does_not_show(tmp_path, corpus):
     (Path(empty.output) / ".unfinished-rows-00000.array_record-1").touch()  # killed in its first
     prepare(empty)
     assert contents(empty.output) == contents(expected.output)
+
+
+@pytest.mark.parametrize("pattern", ["texts/**/*.jsonl", "missing_field.jsonl"])
+def test_a_folder_that_holds_other_folders_is_left_as_it_is(tmp_path, corpus, pattern):
+    (tmp_path / "missing_field.jsonl").write_text('{"text": "a"}')
+    prepare(plan(tmp_path, corpus))
+    before = contents(tmp_path / "root")
+    with pytest.raises(ConfigError, match="own exists already and holds no rows"):
+        prepare(plan(tmp_path, str(tmp_path / pattern), output=tmp_path / "root" / "own"))
+    assert contents(tmp_path / "root") == before
+
+
+def test_a_kill_between_a_shard_and_its_record_is_no_obstacle(tmp_path, corpus):
+    expected = plan(tmp_path, corpus, output=tmp_path / "expected" / "own" / "rows")
+    killed = plan(tmp_path, corpus)
+    prepare(expected)
+    folder = Folder(killed.output)
+    with preparing(killed) as manifest:
+        assert manifest is None
+    folder.write_text("rows-00000.array_record", "no record says that this is whole")
+    prepare(killed)
+    assert contents(killed.output) == contents(expected.output)
+
+
+def test_input_that_is_written_while_it_is_read_is_named(tmp_path, corpus):
+    first = tmp_path / "texts" / "deep" / "0.jsonl"
+
+    def write_again(progress):
+        later = first.stat().st_mtime + 10
+        os.utime(first, (later, later))
+
+    with pytest.raises(ConfigError, match="0.jsonl was written while it was read"):
+        prepare(plan(tmp_path, corpus, shard_bytes=1500), 1, write_again)
+
+
+def test_a_repeat_that_allows_less_is_told_what_was_skipped(tmp_path, corpus):
+    first = tmp_path / "texts" / "deep" / "0.jsonl"
+    first.write_text('{"\\ud800": 1}\n' + first.read_text())
+    lenient = plan(tmp_path, corpus, shard_bytes=1500, skip_bad=1)
+    strict = dataclasses.replace(lenient, skip_bad=0)
+    write_part(lenient, 0)
+    with pytest.raises(ConfigError, match="allows no more; the last: .*0.jsonl, line 1"):
+        prepare(strict)
+    assert prepare(lenient).skipped == 1
+    with pytest.raises(ConfigError, match="allows no more; the last: .*0.jsonl, line 1"):
+        prepare(strict)
 
 
 def test_two_writers_are_refused(tmp_path, corpus):
@@ -279,6 +326,11 @@ def test_rows_are_shown_as_text(tmp_path, corpus, embedded_root):
 def test_other_mistakes_are_named(tmp_path, corpus):
     with pytest.raises(ConfigError, match="split = 'test'"):
         plan(tmp_path, corpus, "test")
+    with pytest.raises(ConfigError, match="sequence_length = 100000000000: expected 2 to"):
+        plan(tmp_path, corpus, sequence_length=10**11)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file: cannot be written"):
+        prepare(plan(tmp_path, corpus, output=tmp_path / "file"))
     wrong: dict[str, Any] = {"sequence_length": 1, "shard_bytes": 0, "skip_bad": -1}
     for key, value in wrong.items():
         with pytest.raises(ConfigError, match=f"{key} = {value}"):

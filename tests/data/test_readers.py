@@ -229,9 +229,37 @@ def test_a_truncated_arrow_file_is_one_bad_record_after_what_could_be_read(tmp_p
     assert documents == [f"text {i}" for i in range(len(documents))] and 0 < len(documents) < 60
     row = len(documents)
     assert place.startswith(f"{tmp_path}/a.arrow, row {row}: the file is cut off or damaged here")
+    # A message is its length and so on after four bytes of ones: here the second batch begins.
+    border = [found.start() for found in re.finditer(b"\xff\xff\xff\xff", data)][2]
+    write(tmp_path / "a.arrow", data[:border])
+    documents, (place,) = read(tmp_path, Corpus("datasets"), limit=1)
+    assert len(documents) == 10 and "row 10: the file is cut off" in place
+    assert "end-of-stream" in place
+    (tmp_path / "state.json").write_text('{"_data_files": ["a.arrow"]}')
+    with pytest.raises(ConfigError, match="state.json names this file; it is missing"):
+        read(tmp_path, Corpus("datasets"))
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
     write(tmp_path / "a.arrow", b'{"text": 1}')
     with pytest.raises(ConfigError, match="a.arrow: no Arrow stream"):
         read(tmp_path, Corpus("datasets"))
+
+
+def test_columns_that_cannot_be_told_apart_or_read_are_named(tmp_path):
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="a.parquet: there are 2 columns 'text'"):
+        read(tmp_path / "a.parquet", Corpus("parquet"))
+    time = pyarrow.array([1], pyarrow.timestamp("ns"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": time}), tmp_path / "b.parquet")
+    _, (place,) = read(tmp_path / "b.parquet", Corpus("parquet"), limit=1)
+    assert place.startswith(f"{tmp_path}/b.parquet, row 0: a value cannot be read")
+
+
+def test_zeros_after_the_last_member_are_padding(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "a"}\n') + bytes(3 << 20))
+    assert read(path) == (["a"], [])
+    write(path, gzip.compress(b'{"text": "a"}\n') + bytes(99) + b"more")
+    assert "cut off or damaged" in read(path, limit=1)[1][0]
 
 
 @pytest.mark.parametrize(

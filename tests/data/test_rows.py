@@ -151,6 +151,12 @@ def test_a_manifest_that_is_not_ours_is_refused(tmp_path):
         json.dumps({**manifest, "format": "another"}),
         json.dumps({k: v for k, v in manifest.items() if k != "rows"}),
         json.dumps({**manifest, "surplus": 1}),
+        json.dumps({**manifest, "tokens": "abc"}),
+        json.dumps({**manifest, "tokens": 0}),
+        json.dumps({**manifest, "rows": 0, "tokens": 0, "shards": []}),
+        json.dumps({**manifest, "shards": [{**manifest["shards"][0], "rows": "a"}]}),
+        json.dumps({**manifest, "dtype": "uint32"}),
+        json.dumps({**manifest, "vocab_size": 70_000}),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match="manifest.json: not a readable manifest"):
@@ -160,13 +166,28 @@ def test_a_manifest_that_is_not_ours_is_refused(tmp_path):
         read_manifest(directory)
 
 
+def test_shards_that_do_not_fit_the_manifest_are_named(tmp_path):
+    directory = tmp_path / "rows"
+    write(directory, random_rows(3, 300, False))
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "shards": []}))
+    assert read_manifest(directory).rows == 3  # enough for what only counts
+    with pytest.raises(ConfigError, match="its shards hold 0 rows, not 3"):
+        open_rows(directory)
+    for change in ({"sequence_length": 11}, {"has_loss_mask": True}):
+        path.write_text(json.dumps(manifest | change))
+        with pytest.raises(ConfigError, match="record 0 does not fit the manifest"):
+            verify_rows(directory)
+
+
 def test_verify_counts_what_the_manifest_claims(tmp_path):
     directory = tmp_path / "rows"
     write(directory, random_rows(3, 300, False))
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "tokens": manifest["tokens"] + 1}))
-    with pytest.raises(ConfigError, match="25 tokens in 3 rows, the manifest says 26"):
+    with pytest.raises(ConfigError, match="25 tokens, the manifest says 26"):
         verify_rows(directory)
     path.write_text(json.dumps({**manifest, "vocab_size": 10}))
     with pytest.raises(ConfigError, match="array_record, record 0 does not fit the manifest"):

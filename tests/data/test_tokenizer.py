@@ -1,5 +1,7 @@
 """Byte-level BPE: lossless, literal about special tokens, strict about its size."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from ouro_jax.data.tokenizer import (
     tokenize,
     tokenizer_hash,
     train_tokenizer,
+    vocabulary_size,
 )
 
 
@@ -49,6 +52,26 @@ def test_special_tokens_spelt_in_a_text_stay_text_after_saving_too(small, tmp_pa
         assert min(ids) > 2
         (document,) = tokenize(tokenizer, ["", "<|endoftext|>"], DocumentCounts())
         assert document.tokens[-1] == 0 and document.tokens[:-1].min() > 2
+
+
+def test_control_tokens_that_a_file_does_not_call_special_cannot_be_spelt(small, tmp_path):
+    content = json.loads(small.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.get_vocab_size() == small.get_vocab_size()
+    assert min(encode(loaded, "<|im_end|><|im_start|><|endoftext|>")) > 2
+
+
+def test_ids_that_are_left_out_count(small, tmp_path):
+    content = json.loads(small.to_str())
+    highest = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][highest] += 7
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert vocabulary_size(loaded) == vocabulary_size(small) + 7
+    assert len(token_byte_lengths(loaded)) == vocabulary_size(loaded)
 
 
 def test_documents_end_with_end_of_text_and_are_counted(small):
