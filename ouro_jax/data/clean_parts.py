@@ -9,7 +9,7 @@ import numpy as np
 
 from ouro_jax.config import ConfigError
 from ouro_jax.data.clean_plan import Cleaning
-from ouro_jax.data.corpus import BadRecords, Content, Span, read_records
+from ouro_jax.data.corpus import BadRecords, Content, Span, read_records, texts_of
 from ouro_jax.data.files import File
 from ouro_jax.data.fingerprints import is_among, passage_hashes, signature, word_hashes
 from ouro_jax.data.folder import Folder
@@ -85,7 +85,7 @@ def write_fingerprints(
     with folder.writing(part_name(index, SIGNATURES)) as path, path.open("wb") as signatures:
         for number, span in enumerate(cleaning.parts[index]):
             for _, content in read_records([span], cleaning.corpus, bad):
-                text = _text(content)
+                text = "\n".join(texts_of(content))
                 data, hash_W = text.encode(), word_hashes(text)
                 verdict = _verdict(content, hash_W, passages)
                 documents.append((_hash(data), len(data), number, verdict))
@@ -108,12 +108,6 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _text(content: Content) -> str:
-    if isinstance(content, str):
-        return content
-    return "\n".join(message["content"] for message in content)
-
-
 def _question(content: Content) -> str:
     """What a conversation's user says first."""
     if isinstance(content, str):
@@ -123,7 +117,7 @@ def _question(content: Content) -> str:
 
 def _verdict(content: Content, hash_W: np.ndarray, passages: np.ndarray) -> int:
     """The verdict on a document alone. A question counts by itself, as short ones have to."""
-    if not _text(content).strip():
+    if not "".join(texts_of(content)).strip():
         return EMPTY
     texts = hash_W, word_hashes(_question(content))
     contaminated = any(is_among(passage_hashes(text_W), passages) for text_W in texts)

@@ -35,6 +35,12 @@ SCHEMAS = ("text", "messages", "question_answer")
 WEIGHTS = {".gz": 3, ".zst": 3, ".parquet": 2}
 
 Content = str | list[Message]
+"""What a document says: its text, or its messages."""
+
+
+def texts_of(content: Content) -> list[str]:
+    """The text of a document, or those of its messages."""
+    return [content] if isinstance(content, str) else [message["content"] for message in content]
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ouro_jax.config import ConfigError, require_choice
 from ouro_jax.data import arithmetic, stdlib_text
-from ouro_jax.data.corpus import Corpus
+from ouro_jax.data.corpus import Corpus, texts_of
 from ouro_jax.data.prepare import plan_preparation, prepare
 from ouro_jax.data.splits import in_split
 from ouro_jax.data.tokenizer import train_tokenizer
@@ -88,8 +88,9 @@ def _build(
         for source in sequence_lengths
         for split in SPLITS
     }
-    training = (documents[source, "train"] for source in sequence_lengths)
-    tokenizer = train_tokenizer((text for part in training for text in _texts(part)), vocab_size)
+    training = (item for source in sequence_lengths for item in documents[source, "train"])
+    texts = (text for document in training for text in texts_of(document))
+    tokenizer = train_tokenizer(texts, vocab_size)
     tokenizer.save(str(root / "tokenizer.json"))
     for (source, split), part in documents.items():
         _write(root, source, split, part, sequence_lengths[source])
@@ -122,21 +123,13 @@ def _take(groups: Iterable[Documents], limit: int) -> Documents:
     """Whole groups that fit into `limit` bytes, until 95 % of it is used."""
     taken, used = [], 0
     for group in groups:
-        size = sum(len(text.encode()) for text in _texts(group))
+        size = sum(len(text.encode()) for document in group for text in texts_of(document))
         if used + size <= limit:
             taken += group
             used += size
         if used > 0.95 * limit:
             break
     return taken
-
-
-def _texts(documents: Documents) -> Iterator[str]:
-    for document in documents:
-        if isinstance(document, str):
-            yield document
-        else:
-            yield from (message["content"] for message in document)
 
 
 def _write(

@@ -19,7 +19,15 @@ from tokenizers import Tokenizer
 
 from ouro_jax.config import ConfigError, RunError, require, require_choice
 from ouro_jax.data.chat import Message, chat_documents
-from ouro_jax.data.corpus import BadRecords, Content, Corpus, Span, plan_parts, read_documents
+from ouro_jax.data.corpus import (
+    BadRecords,
+    Content,
+    Corpus,
+    Span,
+    plan_parts,
+    read_documents,
+    texts_of,
+)
 from ouro_jax.data.files import find_files, modified
 from ouro_jax.data.folder import TEMPORARY, Folder
 from ouro_jax.data.packing import WINDOW_TOKENS, Document, pack
@@ -449,15 +457,8 @@ def prepare_tokenizer(
         raise ConfigError(f"{output} exists already; data may depend on it. Choose another name.")
     spans = [span for part in plan_parts(find_files(pattern), corpus, SHARD_BYTES) for span in part]
     contents = read_documents(spans, corpus, BadRecords(0))
-    texts = (text for content in contents for text in _texts(content))
+    texts = (text for content in contents for text in texts_of(content))
     tokenizer = train_tokenizer(texts, vocab_size)
     with folder.writing(name) as temporary:
         tokenizer.save(str(temporary))
     return tokenizer
-
-
-def _texts(content: Content) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    else:
-        yield from (message["content"] for message in content)

@@ -256,11 +256,6 @@ def test_two_writers_are_refused(tmp_path, corpus):
     ("content", "error"),
     [
         (b'{"text": "a"}\n{"text": \n', r"bad.jsonl, line 2: broken JSON \(Expecting value"),
-        (b'{"text": "a"}\n\n{"tekst": "b"}', r"line 3: no field 'text'.*Did you mean 'tekst'\?"),
-        (b'{"text": 7}', "line 1: field 'text' is no text but int"),
-        (b'["text"]', "line 1: expected an object with the field 'text'"),
-        (b'{"text": "a"}\n{"text": "\xff"}', "bad.jsonl, line 2: not UTF-8"),
-        (b'{"text": "\\ud800"}', "line 1: field 'text' is no valid Unicode"),
         (b'{"text": ""}', "nothing to write"),
     ],
 )

@@ -80,7 +80,8 @@ if __name__ == "__main__":
     pids = _wait_for(lambda: [int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()], 2)
     parent.kill()
     parent.wait()
-    _wait_for(lambda: [pid for pid in pids if not _is_running(pid)], 2)
+    ended = _wait_for(lambda: [pid for pid in pids if not _is_running(pid)], 2)
+    assert sorted(ended) == sorted(pids)
 
 
 def _is_running(pid):
