@@ -27,7 +27,9 @@ SCHEDULES = ("constant", "cosine", "wsd")
 OBJECTIVES = ("expected", "last_loop", "gate", "gate_lookahead")
 GATE_OBJECTIVES = ("gate", "gate_lookahead")  # they train the exit gate alone
 TRANSITIONS = ("none", "upcycle_stacked", "upcycle_interleaved")
-REMAT_POLICIES = ("auto", "none", "layer", "loop_and_layer")
+# What the backward pass recomputes; `_dots` keeps the results of the matrix products.
+REMAT_POLICIES = ("auto", "none", "layer", "layer_dots", "loop_and_layer", "loop_and_layer_dots")
+GATHERS = ("auto", "once", "each_loop")
 DTYPES = ("float32", "bfloat16")
 MESH_AXES = ("slice", "data", "fsdp", "tensor", "context")
 
@@ -171,7 +173,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; 0 means chosen: `data` takes what the others leave."""
+    """Devices per mesh axis; 0 means chosen, for each stage anew."""
 
     slice: int = 0
     data: int = 0
@@ -182,8 +184,14 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """How a step is laid out: remat policy and rows per device in a microbatch (0: chosen)."""
+    """How a step is laid out on its mesh.
 
+    `gather`: weights split over `fsdp` are gathered `once` before the loops and microbatches and
+    gradients reduced once after them, or in `each_loop`. `remat`: what is recomputed.
+    `microbatch_rows`: rows per device of a microbatch (0: chosen).
+    """
+
+    gather: str = "auto"
     remat: str = "auto"
     microbatch_rows: int = 0
 
@@ -264,6 +272,7 @@ class Config:
                 getattr(self.mesh, axis) >= 0, f"mesh.{axis}", getattr(self.mesh, axis), "0 or more"
             )
         require_choice(self.layout.remat, REMAT_POLICIES, "layout.remat")
+        require_choice(self.layout.gather, GATHERS, "layout.gather")
         for key, value in (
             ("checkpoint.every_tokens", self.checkpoint.every_tokens),
             ("checkpoint.keep", self.checkpoint.keep),

@@ -16,6 +16,8 @@ FLOORS = {
     "training": 5,
     "inference": 5,
     "reporting": 6,
+    "planning": 6,
+    "experiments": 6,
     "cli": 7,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

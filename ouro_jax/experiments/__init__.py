@@ -1,0 +1,1 @@
+"""Floor 6: runs that answer a question together: sweeps."""
