@@ -1,1 +1,1 @@
-"""Floor 6: what a run would need and cost on a machine, from programs compiled for it without it."""
+"""Floor 6: what a run needs and costs on a machine, from programs compiled for it without it."""
