@@ -57,7 +57,7 @@ def measure(dtype: str, remat: str, steps: int) -> dict[str, str | float]:
     optimizer = OptimizerConfig()
     state = StateFactory(model, optimizer, "expected", mesh).init(seed=0)
     batch, inputs = _batch(model.vocab_size), StepInputs(3e-4, 0.1, 0.05, model.rope_theta)
-    spec = StepSpec(model, optimizer, "expected", "uniform", remat, mesh)
+    spec = StepSpec(model, optimizer, "expected", "uniform", remat, "each_loop", mesh)
     with use_mesh(mesh):
         start = time.perf_counter()
         compiled = compiled_train_step(spec).lower(state, batch, inputs).compile()

@@ -44,11 +44,16 @@ class Stack(nn.Module):
 
     config: ModelConfig
     attention: Attention
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, x_BLD, rotary, segment_ids_BL, cache, loop, positions_BL):
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        layer = Layer
+        if self.remat != "none":
+            # Of the products, attention's have batch dimensions: its scores are never kept.
+            keeps = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = keeps if self.remat.endswith("_dots") else None
+            layer = nn.remat(Layer, prevent_cse=False, policy=policy)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -104,8 +109,10 @@ class LoopLM(nn.Module):
     """The looped language model.
 
     `remat`: `none`, `layer` (recompute each layer in the backward pass) or `loop_and_layer`
-    (keep only the states between loops, recompute everything inside). `attention` is chosen by
-    the floor above. Parameters and program size do not depend on the number of loops.
+    (keep only the states between loops, recompute everything inside); `layer_dots` and
+    `loop_and_layer_dots` keep the results of a layer's matrix products instead of computing them
+    again. `attention` is chosen by the floor above. Parameters and program size do not depend on
+    the number of loops.
     """
 
     config: ModelConfig
@@ -114,7 +121,7 @@ class LoopLM(nn.Module):
 
     def setup(self) -> None:
         self.embed_tokens = Embedding(self.config)
-        self.stack = Stack(self.config, self.attention, self.remat != "none")
+        self.stack = Stack(self.config, self.attention, self.remat)
         self.lm_head = Head(self.config)
 
     def __call__(
@@ -143,7 +150,7 @@ class LoopLM(nn.Module):
             state_BLD, gate_BL, _ = stack(x_BLD, rotary, segment_ids_BL, None, 0, positions_BL)
             return state_BLD, (state_BLD, gate_BL)
 
-        if self.remat == "loop_and_layer":
+        if self.remat.startswith("loop_and_layer"):
             loop = nn.remat(loop, prevent_cse=False)
         loops = nn.scan(
             loop,

@@ -46,6 +46,7 @@ class StepSpec:
     objective: str
     prior: str
     remat: str
+    gather: str
     mesh: Mesh
 
 

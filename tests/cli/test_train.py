@@ -14,7 +14,7 @@ from micro_run import ROOT, micro_config, ouro, write_config
 from ouro_jax.config import ConfigError, DataConfig, LayoutConfig, MeshConfig
 from ouro_jax.interop.huggingface import save_huggingface
 from ouro_jax.model.loop_lm import LoopLM
-from ouro_jax.training import trainer
+from ouro_jax.training import stage_run, trainer
 from ouro_jax.training.checkpoints import save_params
 from ouro_jax.training.state import StateFactory
 
@@ -111,7 +111,7 @@ def refusal(monkeypatch, tmp_path):
     def compiles(*_):
         raise AssertionError("something would have been compiled")
 
-    monkeypatch.setattr(trainer, "compiled_train_step", compiles)
+    monkeypatch.setattr(stage_run, "compiled_train_step", compiles)
     monkeypatch.setattr(StateFactory, "init", compiles)
 
     def message(config, workdir=tmp_path / "run"):

@@ -28,7 +28,7 @@ def main() -> None:
     ids, mask = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (int, bool))
     batch = Batch(ids, ids, ids, ids, mask)
     inputs = StepInputs(*[jnp.float32(value) for value in (3e-4, 0.1, 0.05, 1e4)])
-    spec = StepSpec(MODEL, OptimizerConfig(), "expected", "uniform", "layer", mesh)
+    spec = StepSpec(MODEL, OptimizerConfig(), "expected", "uniform", "layer", "each_loop", mesh)
     state = StateFactory(MODEL, OptimizerConfig(), "expected", mesh).abstract()
     step = compiled_train_step(spec)
     with use_mesh(mesh):

@@ -34,7 +34,7 @@ def lower_gradient(num_loops, remat="layer", **changes):
     """The lowered program of the loss and every gradient, [B, L] = 2 × 256 on one device."""
     model = dataclasses.replace(MODEL, num_loops=num_loops, **changes)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    spec = StepSpec(model, OptimizerConfig(), "expected", "uniform", remat, mesh)
+    spec = StepSpec(model, OptimizerConfig(), "expected", "uniform", remat, "each_loop", mesh)
     ids, mask = (jax.ShapeDtypeStruct((ROWS, LENGTH), dtype) for dtype in (jnp.int32, bool))
 
     def loss(params, batch):
@@ -124,7 +124,7 @@ def constraints(jaxpr):
 def test_every_activation_constraint_is_in_the_program():
     model = ModelConfig(128, 32, 48, 3, 4, 2, 8, dtype="float32")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    spec = StepSpec(model, OptimizerConfig(), "expected", "uniform", "layer", mesh)
+    spec = StepSpec(model, OptimizerConfig(), "expected", "uniform", "layer", "each_loop", mesh)
     ids, mask = (jax.ShapeDtypeStruct((8, 16), dtype) for dtype in (jnp.int32, bool))
     inputs = StepInputs(0.0, 0.0, 0.05, 1e4)
     loss = functools.partial(batch_sums, spec, inputs=inputs)

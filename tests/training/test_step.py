@@ -39,7 +39,7 @@ def batches(microbatches: int):
 def ten_steps(mesh_config, num_devices, microbatches, objective="expected", model=MODEL):
     """Losses, all metrics and the last state."""
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
-    spec = StepSpec(model, OptimizerConfig(), objective, "uniform", "layer", mesh)
+    spec = StepSpec(model, OptimizerConfig(), objective, "uniform", "layer", "each_loop", mesh)
     state = StateFactory(model, OptimizerConfig(), objective, mesh).init(0)
     step = compiled_train_step(spec)
     start = jax.device_get(state.params)
@@ -128,7 +128,7 @@ def test_parameters_and_moments_are_split_over_fsdp_and_tensor():
 
 def test_constraints_are_there_inside_a_mesh_and_outside_it_the_step_refuses():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    spec = StepSpec(MODEL, OptimizerConfig(), "expected", "uniform", "layer", mesh)
+    spec = StepSpec(MODEL, OptimizerConfig(), "expected", "uniform", "layer", "each_loop", mesh)
     state = StateFactory(MODEL, OptimizerConfig(), "expected", mesh).abstract()
     arguments = spec, state, next(batches(2)), StepInputs(1e-3, 0.1, 0.05, 1e4)
     with use_mesh(mesh):

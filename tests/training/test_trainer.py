@@ -213,14 +213,14 @@ def starts(config, workdir, monkeypatch) -> list[tuple]:
     begun = []
 
     class Recorder:
-        def __init__(self, run, plan, checkpoints, state, position):
+        def __init__(self, run, stage, checkpoints, state, position):
             begun.append((position, state))
 
         def run(self):
             pass
 
-    monkeypatch.setattr(trainer, "_StageRun", Recorder)
-    monkeypatch.setattr(trainer._Run, "finish", lambda self: {})
+    monkeypatch.setattr(trainer, "StageRun", Recorder)
+    monkeypatch.setattr(trainer, "_finish", lambda run: {})
     trainer.train(config, workdir)
     return begun
 
