@@ -33,7 +33,7 @@ def dense_attention(
     visible = jnp.tril(jnp.ones((length, length), bool))[None]
     if segment_ids_BL is not None:
         visible = visible & (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])
-    return _attend(q_BLHK, k_BLGK, v_BLGK, visible)
+    return attend(q_BLHK, k_BLGK, v_BLGK, visible)
 
 
 def cached_attention(
@@ -42,10 +42,13 @@ def cached_attention(
     """Attention of the queries at `positions_BL` over the cache slots up to their own."""
     slots_S = jnp.arange(keys_BSGK.shape[1])
     visible_BLS = slots_S <= positions_BL[:, :, None]
-    return _attend(q_BLHK, keys_BSGK, values_BSGK, visible_BLS)
+    return attend(q_BLHK, keys_BSGK, values_BSGK, visible_BLS)
 
 
-def _attend(q_BLHK, k_BSGK, v_BSGK, visible_BLS):
+def attend(
+    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible_BLS: jax.Array
+) -> jax.Array:
+    """Attention of every query to the keys that are visible to it, at least one; o_BLHK."""
     batch, length, heads, width = q_BLHK.shape
     slots, groups = k_BSGK.shape[1:3]
     precision = matmul_precision(q_BLHK.dtype)
