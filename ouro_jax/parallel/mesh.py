@@ -7,7 +7,7 @@ optimizer, `tensor` heads, MLP width and vocabulary, `context` the sequence.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +35,13 @@ LOGICAL_AXIS_RULES = (
     ("act_head_dim", None),
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
+)
+
+
+# Where every device sees its own rows, only what `tensor` splits is left to the compiler.
+MANUAL_AXES = (*BATCH_AXES, "context")
+MANUAL_RULES = tuple(
+    (name, axis if axis == "tensor" else None) for name, axis in LOGICAL_AXIS_RULES
 )
 
 
@@ -76,6 +83,27 @@ def require_mesh() -> None:
         raise RuntimeError("call this inside `with use_mesh(mesh):`")
 
 
+def is_manual() -> bool:
+    """Called while tracing: whether this is inside a `shard_map` over `MANUAL_AXES`."""
+    return set(MANUAL_AXES) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` on each device's rows and columns; `tensor` stays automatic.
+
+    Inside, logical names mean what is left of the mesh: a rule that names a manual axis raises.
+    """
+
+    def inside(*arguments):
+        with nn.logical_axis_rules(MANUAL_RULES):
+            return function(*arguments)
+
+    return jax.shard_map(
+        inside, in_specs=in_specs, out_specs=out_specs, axis_names=set(MANUAL_AXES),
+        check_vma=False,
+    )  # fmt: skip
+
+
 def check_model_fits(model: ModelConfig, sequence_length: int, mesh: Mesh, key: str) -> None:
     """Raises a ConfigError that names the size in the stage `key` which a mesh axis does not
     divide."""
@@ -103,6 +131,11 @@ def batch_sharding(mesh: Mesh, microbatched: bool) -> NamedSharding:
     """Sharding of arrays [rows, L], or [microbatches, rows, L]."""
     spec = (BATCH_AXES, "context")
     return NamedSharding(mesh, PartitionSpec(None, *spec) if microbatched else PartitionSpec(*spec))
+
+
+def fsdp_spec(sharding: NamedSharding) -> PartitionSpec:
+    """The part of a parameter's layout that `MANUAL_AXES` decide: where `fsdp` splits it."""
+    return PartitionSpec(*(axis if axis == "fsdp" else None for axis in sharding.spec))
 
 
 def shardings(boxed_tree, mesh: Mesh):

@@ -1,7 +1,7 @@
 """The compiled optimizer step and the compiled evaluation.
 
 A step scans over its microbatches, adds gradients, losses and token counts in float32, divides
-once by the tokens of the whole batch, and updates once.
+once by the tokens of the whole batch, and updates once. `gather` says how often weights travel.
 
 M microbatches, B rows of a microbatch, L sequence, T loops.
 """
@@ -13,14 +13,22 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from ouro_jax.config import ModelConfig, OptimizerConfig, parse_prior
 from ouro_jax.data.batch import Batch
 from ouro_jax.model.loop_lm import LoopLM, LoopOutput
 from ouro_jax.objectives.cross_entropy import cross_entropy
 from ouro_jax.objectives.losses import Sums, expected_loss, gate_loss, last_loop_loss
-from ouro_jax.parallel.mesh import batch_shards, require_mesh
+from ouro_jax.parallel.attention import attention_for
+from ouro_jax.parallel.mesh import (
+    BATCH_AXES,
+    MANUAL_AXES,
+    fsdp_spec,
+    is_manual,
+    per_device,
+    require_mesh,
+)
 from ouro_jax.training.optimizer import make_optimizer, trained_part, with_trained_part
 from ouro_jax.training.state import StateFactory, TrainState, replicated
 
@@ -63,24 +71,12 @@ def compiled_train_step(spec: StepSpec):
 
 def _train_step(spec: StepSpec, state: TrainState, batch: Batch, inputs: StepInputs):
     require_mesh()
-    trained = trained_part(state.params, spec.objective)
-
-    def loss_of(part, microbatch):
-        params = with_trained_part(state.params, part)
-        sums = batch_sums(spec, params, microbatch, inputs)
-        return sums.loss, sums
-
-    def accumulate(totals, microbatch):
-        gradients, sums = jax.grad(loss_of, has_aux=True)(trained, microbatch)
-        return jax.tree.map(jnp.add, totals, (gradients, sums)), None
-
-    first = jax.tree.map(lambda x_MBL: x_MBL[0], batch)
-    shapes = jax.eval_shape(lambda: jax.grad(loss_of, has_aux=True)(trained, first))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (gradients, sums), _ = jax.lax.scan(accumulate, zeros, batch)
+    summed = _summed_once if spec.gather == "once" else _summed
+    gradients, sums = summed(spec, state.params, batch, inputs)
     count = jnp.maximum(sums.num_tokens, 1.0)
     gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
 
+    trained = trained_part(state.params, spec.objective)
     optimizer = make_optimizer(spec.optimizer, inputs.learning_rate, inputs.weight_decay)
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     params = with_trained_part(state.params, optax.apply_updates(trained, updates))
@@ -92,22 +88,107 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch, inputs: StepInp
     return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
+def _summed(spec: StepSpec, params: Any, batch: Batch, inputs: StepInputs) -> tuple[Any, Sums]:
+    """Float32 gradients of the trained part, and sums, over all microbatches."""
+    trained = trained_part(params, spec.objective)
+
+    def loss_of(part, microbatch):
+        sums = batch_sums(spec, with_trained_part(params, part), microbatch, inputs)
+        return sums.loss, sums
+
+    def accumulate(totals, microbatch):
+        terms = jax.grad(loss_of, has_aux=True)(trained, microbatch)
+        return jax.tree.map(
+            lambda total, term: total + term.astype(total.dtype), totals, terms
+        ), None
+
+    first = jax.tree.map(lambda x_MBL: x_MBL[0], batch)
+    shapes = jax.eval_shape(lambda: jax.grad(loss_of, has_aux=True)(trained, first))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    return jax.lax.scan(accumulate, zeros, batch)[0]
+
+
+def _summed_once(spec: StepSpec, params: Any, batch: Batch, inputs: StepInputs):
+    """`_summed` with one gather of the weights before and one reduction of the gradients after.
+
+    Left to the compiler, a loop gathers a layer's weights when it reads them and reduces its
+    gradient when it has it: T times each, for every microbatch. So each device works on its own
+    rows by hand, with a whole copy of the weights in the compute dtype.
+    """
+    factory = StateFactory(spec.model, spec.optimizer, spec.objective, spec.mesh)
+    specs = jax.tree.map(fsdp_spec, factory.shardings().params)
+
+    def own_rows(params, batch, inputs):
+        whole = jax.tree.map(functools.partial(_gather, spec.model.dtype), params, specs)
+        # The head's gradient is summed over chunks in the head's own dtype.
+        head = jax.tree.map(lambda kernel: kernel.astype(jnp.float32), whole["lm_head"])
+        # Without a barrier the compiler may sink the gathers back into the loops.
+        whole = jax.lax.optimization_barrier({**whole, "lm_head": head})
+        gradients, sums = _summed(spec, whole, batch, inputs)
+        gradients = jax.tree.map(_reduce, gradients, trained_part(specs, spec.objective))
+        return gradients, jax.lax.psum(sums, MANUAL_AXES)
+
+    rows = PartitionSpec(None, BATCH_AXES, "context")
+    out_specs = (trained_part(specs, spec.objective), PartitionSpec())
+    run = per_device(own_rows, (specs, rows, PartitionSpec()), out_specs)
+    return run(params, batch, inputs)
+
+
+def _gather(dtype: str, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The whole of a parameter, in the compute dtype if `fsdp` splits it; others are small."""
+    if "fsdp" not in spec:
+        return leaf
+    return jax.lax.all_gather(leaf.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+
+def _reduce(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The sum over all devices of a gradient, each keeping its own part along `fsdp`."""
+    if "fsdp" not in spec:
+        return jax.lax.psum(gradient, MANUAL_AXES)
+    own = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+    return jax.lax.psum(own, tuple(axis for axis in MANUAL_AXES if axis != "fsdp"))
+
+
 def batch_sums(spec: StepSpec, params: Any, batch: Batch, inputs: StepInputs) -> Sums:
     """The stage's objective over one microbatch [B, L], as sums."""
-    model = LoopLM(spec.model, remat=spec.remat)
+    attention = attention_for(spec.model, _row_length(spec.mesh, batch), spec.mesh)
+    model = LoopLM(spec.model, attention, spec.remat)
     out = cast(LoopOutput, model.apply(
         {"params": params}, batch.tokens_BL, batch.positions_BL, batch.segment_ids_BL,
         rope_theta=inputs.rope_theta,
     ))  # fmt: skip
-    head_DV = params["lm_head"]["kernel"]
-    chunk = CHUNK_TOKENS * batch_shards(spec.mesh)
-    ce_TBL = cross_entropy(out.states_TBLD, head_DV, batch.targets_BL, chunk)
+    ce_TBL = _token_losses(out.states_TBLD, params, batch)
     terms = (ce_TBL, out.gate_logits_TBL, batch.loss_mask_BL)
     if spec.objective == "expected":
         return expected_loss(*terms, inputs.entropy_weight, parse_prior(spec.prior))
     if spec.objective == "last_loop":
         return last_loop_loss(*terms)
     return gate_loss(*terms, lookahead=spec.objective == "gate_lookahead")
+
+
+def _row_length(mesh: Mesh, batch: Batch) -> int:
+    """Tokens of a whole row, of which a device by itself sees only its part along `context`."""
+    return batch.tokens_BL.shape[-1] * (mesh.shape["context"] if is_manual() else 1)
+
+
+def _token_losses(states_TBLD: jax.Array, params: Any, batch: Batch) -> jax.Array:
+    """Cross-entropy [T, B, L], each device on its own rows with the whole head.
+
+    A scan over chunks left to the compiler gathers the head and reduces its gradient per chunk.
+    """
+    head_DV = params["lm_head"]["kernel"]
+    if is_manual():
+        return cross_entropy(states_TBLD, head_DV, batch.targets_BL, CHUNK_TOKENS)
+
+    def own_rows(states_TBLD, head_DV, targets_BL):
+        dtype = states_TBLD.dtype
+        head_DV = _gather(dtype, head_DV, PartitionSpec("fsdp", None)).astype(jnp.float32)
+        return cross_entropy(states_TBLD, head_DV, targets_BL, CHUNK_TOKENS)
+
+    rows = PartitionSpec(BATCH_AXES, "context")
+    loops = PartitionSpec(None, *rows)
+    run = per_device(own_rows, (loops, PartitionSpec("fsdp", None), rows), loops)
+    return run(states_TBLD, head_DV, batch.targets_BL)
 
 
 @functools.cache
@@ -117,18 +198,16 @@ def compiled_evaluation(config: ModelConfig, mesh: Mesh, num_loops: int):
     `loss_per_loop` covers loops 1 … `num_loops`, beyond training too; the exit distribution and
     the depth are those of the trained number of loops.
     """
-    model = LoopLM(config, remat="none")
     trained_loops = config.num_loops
-    chunk = CHUNK_TOKENS * batch_shards(mesh)
 
     def evaluate(params: Any, batch: Batch, rope_theta: jax.Array) -> Sums:
         require_mesh()
+        model = LoopLM(config, attention_for(config, _row_length(mesh, batch), mesh), "none")
         out = cast(LoopOutput, model.apply(
             {"params": params}, batch.tokens_BL, batch.positions_BL, batch.segment_ids_BL,
             num_loops=max(num_loops, trained_loops), rope_theta=rope_theta,
         ))  # fmt: skip
-        head_DV = params["lm_head"]["kernel"]
-        ce_TBL = cross_entropy(out.states_TBLD, head_DV, batch.targets_BL, chunk)
+        ce_TBL = _token_losses(out.states_TBLD, params, batch)
         gates_TBL = out.gate_logits_TBL[:trained_loops]
         sums = expected_loss(ce_TBL[:trained_loops], gates_TBL, batch.loss_mask_BL, 0.0)
         per_loop_T = jnp.sum(jnp.where(batch.loss_mask_BL, ce_TBL, 0.0), axis=(-2, -1))

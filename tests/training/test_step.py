@@ -11,6 +11,7 @@ import pytest
 
 from ouro_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from ouro_jax.data.batch import Batch
+from ouro_jax.parallel.attention import balance_order
 from ouro_jax.parallel.mesh import batch_sharding, make_mesh, use_mesh
 from ouro_jax.training.optimizer import make_optimizer
 from ouro_jax.training.state import StateFactory
@@ -36,16 +37,20 @@ def batches(microbatches: int):
         yield jax.tree.map(lambda x: x.reshape(microbatches, -1, LENGTH), batch)
 
 
-def ten_steps(mesh_config, num_devices, microbatches, objective="expected", model=MODEL):
+def ten_steps(
+    mesh_config, num_devices, microbatches, gather="each_loop", objective="expected", model=MODEL
+):
     """Losses, all metrics and the last state."""
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
-    spec = StepSpec(model, OptimizerConfig(), objective, "uniform", "layer", "each_loop", mesh)
+    spec = StepSpec(model, OptimizerConfig(), objective, "uniform", "layer", gather, mesh)
     state = StateFactory(model, OptimizerConfig(), objective, mesh).init(0)
     step = compiled_train_step(spec)
     start = jax.device_get(state.params)
+    order = balance_order(LENGTH, mesh.shape["context"])
     history, compiled = [], 0
     with use_mesh(mesh):
         for batch in batches(microbatches):
+            batch = jax.tree.map(lambda x_MBL: x_MBL[..., order], batch)
             batch = jax.device_put(batch, batch_sharding(mesh, microbatched=True))
             inputs = StepInputs(*map(np.float32, (1e-3, 0.1, 0.05, 1e4)))
             state, metrics = step(state, batch, inputs)
@@ -79,10 +84,11 @@ MESHES = {
 }
 
 
+@pytest.mark.parametrize("gather", ["each_loop", "once"])
 @pytest.mark.parametrize("layout", MESHES)
-def test_ten_steps_are_those_of_one_device(one_device, layout, capsys):
+def test_ten_steps_are_those_of_one_device(one_device, layout, gather, capsys):
     expected, expected_state, _ = one_device
-    history, state, _ = ten_steps(*MESHES[layout])
+    history, state, _ = ten_steps(*MESHES[layout], gather)
     worst = max(
         abs(ours["loss"] - plain["loss"]) / abs(plain["loss"])
         for ours, plain in zip(history, expected, strict=True)
@@ -143,7 +149,7 @@ def test_constraints_are_there_inside_a_mesh_and_outside_it_the_step_refuses():
 
 
 def test_the_gate_objective_leaves_the_language_model_alone():
-    history, state, start = ten_steps(MeshConfig(fsdp=2), 2, 2, "gate")
+    history, state, start = ten_steps(MeshConfig(fsdp=2), 2, 2, objective="gate")
     trained = {"kernel", "bias"}
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state.params)):
         before = start
