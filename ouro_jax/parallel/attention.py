@@ -163,11 +163,11 @@ def _splash(heads: int, order: np.ndarray, context: int, block: int) -> Kernel:
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     mask = splash.MultiHeadMask([_BalancedCausal(order)] * heads)
-    with jax.ensure_compile_time_eval():
-        whole = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=context)
-        whole = jax.tree.map(np.asarray, whole)
 
     def kernel(q_BLHK, k_BSGK, v_BSGK, ids_BL, ids_BS, shard):
+        # Made here, as constants of the trace: arrays cannot be made on devices that are not here.
+        whole = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=context)
+
         def part(x):
             axis = 0 if x.ndim == 1 else 1  # q_sequence [S]; of blocks, [1, queries, keys]
             size = x.shape[axis] // context
