@@ -32,7 +32,7 @@ from ouro_jax.data.mixture import Mixture, open_mixture
 from ouro_jax.data.rows import Manifest, Row, Shard, write_manifest, write_shard
 from ouro_jax.data.tokenizer import tokenizer_hash
 from ouro_jax.model.flops import train_flops_per_token
-from ouro_jax.parallel.devices import PEAK_FLOPS
+from ouro_jax.parallel.chips import CHIPS
 
 LENGTHS = (4096, 16_384, 65_536)
 WEIGHTS = {"web": 0.7, "code": 0.2, "math": 0.1}
@@ -40,7 +40,7 @@ SOURCE_TOKENS = 1 << 24
 HOST_BATCH_TOKENS = 1 << 17
 MEAN_DOCUMENT = 1000
 VOCAB_SIZE = 49_152
-CHIPS, SHARE_OF_PEAK = 4, 0.55
+CHIPS_PER_HOST, SHARE_OF_PEAK = 4, 0.55
 
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "How long to read rows of each length.")
 _SHARDS = flags.DEFINE_integer("shards", 100_000, "Shards of the source that has many.", 1)
@@ -66,7 +66,7 @@ def consumption(sequence_length: int) -> float:
     path = Path(__file__).parents[1] / "configs" / "ouro_1p4b.py"
     model = runpy.run_path(str(path))["get_model"](24)
     flops = train_flops_per_token(model, sequence_length)
-    return CHIPS * SHARE_OF_PEAK * PEAK_FLOPS["TPU v5p"] / flops
+    return CHIPS_PER_HOST * SHARE_OF_PEAK * CHIPS["v5p"].peak_flops / flops
 
 
 def measure(root: Path, length: int, seconds: float) -> dict[str, float]:

@@ -6,25 +6,13 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s of one chip, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from ouro_jax.parallel.chips import chip_of
 
 
 def peak_flops(dtype: str) -> float:
     """FLOP/s of all devices together: from the table, or a matrix product timed here and now."""
-    kind = jax.devices()[0].device_kind
-    if kind in PEAK_FLOPS:
-        return PEAK_FLOPS[kind] * jax.device_count()
+    if chip := chip_of(jax.devices()[0]):
+        return chip.peak_flops * jax.device_count()
     # Virtual CPU devices share the same cores: what one product reaches is the whole machine's.
     return measured_matmul_flops(dtype)
 

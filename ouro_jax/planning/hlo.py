@@ -224,15 +224,15 @@ class _Program:
     def _calls(self, instruction: _Instruction, visit: _Visit) -> Iterator[_Visit]:
         if instruction.opcode == "while":
             trips = self._trips(instruction, visit)
-            known = trips is not None and visit.trips is not None
+            total = None if trips is None or visit.trips is None else trips * visit.trips
             name = _op_name(instruction) or instruction.name
             yield _Visit(
                 self.computations[instruction.attribute("body")],
                 self._invariants(instruction, visit),
-                trips * visit.trips if known else None,
+                total,
                 visit.depth + 1,
                 Loop(name, trips, visit.depth),
-                visit.unknown or ("" if known else name),
+                visit.unknown or (name if trips is None else ""),
             )
         elif instruction.opcode not in ("async-update", "async-done"):
             names = _CALLED.findall(instruction.attributes)
