@@ -12,6 +12,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ouro_jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig
@@ -46,12 +48,14 @@ MANUAL_RULES = tuple(
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config` over all devices; axes set to 0 become 1, `data` takes what is left.
+    """The mesh of `config` over all devices; axes set to 0 become 1, but `slice` what the devices
+    are and `data` what is left.
 
     Raises ConfigError when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    sizes["slice"] = sizes["slice"] or num_slices(devices)
     fixed = math.prod(size for size in sizes.values() if size)
     if not sizes["data"]:
         sizes["data"] = max(1, len(devices) // fixed)
@@ -64,7 +68,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     # Auto axes: under Explicit ones, logical constraints raise instead of constraining.
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, types, devices=devices)
+    return Mesh(_arranged(tuple(sizes.values()), devices), MESH_AXES, axis_types=types)
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+    """Groups of devices that only the data-center network connects: TPU slices, GPU nodes."""
+    if devices[0].platform == "cpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """`devices` as an array of `shape` whose inner axes follow the links of the torus."""
+    slices = num_slices(devices)
+    if slices > 1 and shape[0] == slices:
+        return mesh_utils.create_hybrid_device_mesh(
+            (1, *shape[1:]), (slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    if slices > 1 and devices[0].platform == "tpu":
+        raise ConfigError(
+            f"mesh.slice = {shape[0]}: the devices are {slices} slices; expected {slices}, or leave "
+            "mesh.slice unset."
+        )
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 @contextlib.contextmanager
