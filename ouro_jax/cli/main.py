@@ -10,6 +10,7 @@ VERBS = {
     "data": "prepare, inspect and verify data sets",
     "generate": "text from a checkpoint, with the exit depth of every token",
     "convert": "Hugging Face checkpoints in and out",
+    "plan": "compile for a pod that is not there: does it fit, what does it cost, what bounds it",
     "report": "one page of pictures and tables from what a run wrote",
 }
 

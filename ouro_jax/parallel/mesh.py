@@ -87,8 +87,8 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         )
     if slices > 1 and devices[0].platform == "tpu":
         raise ConfigError(
-            f"mesh.slice = {shape[0]}: the devices are {slices} slices; expected {slices}, or leave "
-            "mesh.slice unset."
+            f"mesh.slice = {shape[0]}: the devices are {slices} slices; set it to {slices}, or leave "
+            "it unset."
         )
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
