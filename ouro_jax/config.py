@@ -237,6 +237,17 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A profiler trace of `num_steps` steps from step `start_step` of the run on (0: none).
+
+    `num_steps` also is the length of a trace asked for by the file `WORKDIR/profile_now`.
+    """
+
+    start_step: int = 0
+    num_steps: int = 3
+
+
+@dataclass(frozen=True)
 class Config:
     """One run: a linear stream of stages in one workdir, and all it needs.
 
@@ -258,6 +269,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self) -> None:
         require(bool(self.stages), "stages", {}, "at least one stage")
@@ -280,12 +292,14 @@ class Config:
             ("evaluation.rows_per_source", self.evaluation.rows_per_source),
             ("evaluation.num_loops", self.evaluation.num_loops),
             ("logging.every_steps", self.logging.every_steps),
+            ("profile.num_steps", self.profile.num_steps),
         ):
             require(value >= 1, key, value, "at least 1")
         for source, tokens in self.data.source_tokens.items():
             require(tokens >= 1, f"data.source_tokens.{source}", tokens, "at least 1")
-        rows = self.layout.microbatch_rows
+        rows, start = self.layout.microbatch_rows, self.profile.start_step
         require(rows >= 0, "layout.microbatch_rows", rows, "0 (chosen) or more")
+        require(start >= 0, "profile.start_step", start, "0 (no trace) or more")
         for key in ("clip_norm", "eps"):
             value = getattr(self.optimizer, key)
             require(value > 0, f"optimizer.{key}", value, "more than 0")

@@ -226,10 +226,10 @@ def learning_rate_and_batch(run: RunHistory, canvas: Canvas) -> Figure:
 
 
 def throughput(run: RunHistory, canvas: Canvas) -> Figure:
-    """Tokens per second, and the share of the devices' peak that the model's FLOPs make."""
+    """Tokens per second and device, and the share of the peak that the model's FLOPs make."""
     panels = (
-        ("tokens per second", "tokens_per_second", FuncFormatter(_short_tick)),
-        ("share of peak", "peak_share", PercentFormatter(1)),
+        ("tokens/s per device", "tokens_per_second_per_device", FuncFormatter(_short_tick)),
+        ("MFU", "mfu", PercentFormatter()),
     )
     return _panels(run, canvas, panels)
 

@@ -16,7 +16,7 @@ SMOOTHING = 0.1
 
 
 class Progress:
-    """Shows the stage, tokens, speed, time left, loss per loop, depth and share of peak.
+    """Shows the stage, tokens, speed, MFU, memory, time left, loss per loop and depth.
 
     Use as a context manager. On a terminal a panel is redrawn in place; when the output goes to a
     file or pipe, a line is printed at the start and end of a stage and at most every ten seconds
@@ -87,7 +87,6 @@ class _StageProgress:
     def __init__(self, name: str, total_tokens: int, done_tokens: int, tokens_after: int):
         self.name, self.total, self.done, self.after = name, total_tokens, done_tokens, tokens_after
         self.speed: float | None = None
-        self.peak_share: float | None = None
         self.record: dict[str, Any] = {}
         self.started = time.monotonic()
 
@@ -98,7 +97,6 @@ class _StageProgress:
         if speed:
             before = self.speed or speed
             self.speed = before + SMOOTHING * (speed - before)
-            self.peak_share = record["peak_share"] / speed * self.speed
 
     def times_left(self) -> str:
         """Time left in the stage and the run, at the speed of now; later stages may differ."""
@@ -142,6 +140,8 @@ class _StageProgress:
         facts.add_column()
         facts.add_row("tokens", f"{self.done:,} of {self.total:,}, {self._speed()}")
         facts.add_row("time", self.times_left())
+        if record["hbm_bytes_limit"]:
+            facts.add_row("memory", _memory(record))
         facts.add_row("loss", f"{_number(record['loss'])} at step {record['step']:,}")
         facts.add_row("per loop", _numbers(record["loss_per_loop"]))
         facts.add_row("depth", self._depth())
@@ -159,9 +159,14 @@ class _StageProgress:
         return text
 
     def _speed(self) -> str:
-        if self.speed is None or self.peak_share is None:
+        record = self.record
+        if self.speed is None or not record["tokens_per_second"]:
             return "speed unknown yet"
-        return f"{self.speed:,.0f} tokens/s ({100 * self.peak_share:.1f} % of peak)"
+        smoothed = self.speed / record["tokens_per_second"]
+        each = record["tokens_per_second_per_device"] * smoothed
+        share = f"{record['mfu'] * smoothed:.1f} % "
+        share += "MFU" if record["mfu_peak"].endswith("data sheet") else "of a measured matmul"
+        return f"{self.speed:,.0f} tokens/s, {each:,.0f} per device ({share})"
 
 
 def clock(seconds: float) -> str:
@@ -171,6 +176,13 @@ def clock(seconds: float) -> str:
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def _memory(record: dict[str, Any]) -> str:
+    used, peak, limit = (
+        record[f"hbm_bytes_{name}"] / 2**30 for name in ("in_use", "peak", "limit")
+    )
+    return f"{used:.1f} GiB of {limit:.1f} in use, {peak:.1f} at most"
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -47,10 +47,7 @@ class RunLog:
         self._wandb = _import_wandb(wandb_project) if wandb_project and enabled else None
         if enabled:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            kept = _whole_lines(self._path) if self._path.exists() else b""
-            if self._path.exists() and len(kept) < self._path.stat().st_size:
-                _replace(self._path, kept)
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = open_lines(self._path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record and mirrors its numbers; NaN and infinities are written as null."""
@@ -116,6 +113,20 @@ def read_log(workdir: str | Path) -> list[dict[str, Any]]:
         raise ConfigError(
             f"{path}: no such file; expected the log of a run. Name the workdir of `ouro train`."
         )
+    return read_lines(path)
+
+
+def open_lines(path: Path) -> TextIO:
+    """A file of records, open for more of them, less a last line torn by a kill."""
+    if path.exists():
+        kept = _whole_lines(path)
+        if len(kept) < path.stat().st_size:
+            _replace(path, kept)
+    return path.open("a", encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, less a last line torn by a kill; ConfigError naming a wrong line."""
     records = []
     for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
         try:

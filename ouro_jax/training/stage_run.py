@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ouro_jax.config import Config, ModelConfig, Stage, to_dict
-from ouro_jax.parallel.devices import peak_flops
+from ouro_jax.parallel.devices import memory_use, peak_flops
 from ouro_jax.parallel.mesh import batch_sharding, batch_shards
 from ouro_jax.training.checkpoints import Position, StageCheckpoints
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.evaluation import evaluate, place
 from ouro_jax.training.layout import Layout
+from ouro_jax.training.profiling import Profiler
 from ouro_jax.training.progress import Progress
 from ouro_jax.training.run_log import RunLog
 from ouro_jax.training.stage_rows import open_stage_mixture
 from ouro_jax.training.state import TrainState
 from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
+from ouro_jax.training.timing import RunTimes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class RunContext:
     data_root: epath.Path
     log: RunLog
     progress: Progress
+    times: RunTimes
+    profiler: Profiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +65,14 @@ class StageRun:
         self.step = compiled_train_step(self.spec)
         self.sharding = batch_sharding(stage.mesh, microbatched=True)
         self.unread: tuple[Position, Any, float] | None = None
-        # When the step before was read; None where compilation or a pause would be counted.
-        self.clock: float | None = None
+        self.times, self.peak = run.times, peak_flops(run.config.model.dtype)
+        self.times.steps.pause()
 
     def run(self) -> None:
         """Trains to the end of the stage, with evaluation, log and checkpoints on the way."""
         run, plan, length = self.run_, self.plan, self.stage.sequence_length
         resumed = self.position.rows > 0
+        self.times.start(plan.name, self.position.step)
         run.log.write(
             event("resume" if resumed else "stage_start", self.position)
             | {"model": to_dict(self.position.model)}
@@ -79,17 +85,40 @@ class StageRun:
             self.position.rows, plan.batch_rows,
             host=jax.process_index(), num_hosts=jax.process_count(),
         )  # fmt: skip
-        with contextlib.closing(batches):
-            for start, batch in batches:
+        with contextlib.closing(batches), self.times.split("step"):
+            for start, batch in self._awaited(batches):
+                self._profile()
                 self._optimizer_step(start, batch)
                 finished = self.position.rows >= plan.total_rows
                 if self._passed(self.config.evaluation.every_tokens) or finished:
                     self._evaluate()
                 if self._passed(self.config.checkpoint.every_tokens) or finished:
                     self._save()
-        self.checkpoints.wait()
+            with self.times.split("checkpoint"):
+                self.checkpoints.wait()
+        self.times.window(plan.name, self.position.step)
         log_once(run.log, "stage_end", self.position)
         run.progress.finish_stage()
+
+    def _awaited(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches. Waiting for one costs nothing while the devices are still at work."""
+        while True:
+            with self.times.split("data"):
+                item = next(batches, None)
+                if self.unread and not self.unread[1]["loss"].is_ready():
+                    self.times.split.count_as("step")
+            if item is None:
+                return
+            yield item
+
+    def _profile(self) -> None:
+        """Begins or ends a trace where one is due, between two steps."""
+        run, step = self.run_, self.position.step + 1
+        if run.profiler.is_due(step):
+            self._read_metrics()
+            self.times.steps.pause()
+            with self.times.split("other"):
+                run.progress.message(run.profiler.turn(self.plan.name, step))
 
     def _optimizer_step(self, start: int, batch: Any) -> None:
         rows = self.plan.batch_rows(start)
@@ -101,7 +130,12 @@ class StageRun:
         inputs = jax.device_put(StepInputs(*map(np.float32, (
             rate, self.stage.weight_decay, self.stage.entropy_weight, self.stage.rope_theta,
         ))))  # fmt: skip
-        self.state, metrics = self.step(self.state, place(batch, self.sharding), inputs)
+        batch, step = place(batch, self.sharding), self.position.step + 1
+        with (
+            self.times.program(self.plan.name, step),
+            jax.profiler.StepTraceAnnotation("train", step_num=step),
+        ):
+            self.state, metrics = self.step(self.state, batch, inputs)
         self.position = dataclasses.replace(
             self.position,
             step=self.position.step + 1,
@@ -134,35 +168,37 @@ class StageRun:
                 f"norm {means['grad_norm']}. The newest checkpoint is from before this step; "
                 "lower the learning rate, or set optimizer.clip_norm lower, and run again."
             )
+        self.times.steps.step_ended(self._batch_tokens(position))
         record = self._record(position, rate, means)
         self.run_.progress.update(record)
         is_last = position.rows >= self.plan.total_rows
         if position.step % self.config.logging.every_steps == 0 or is_last:
-            self.run_.log.write(record)
+            self.run_.log.write(record | self.times.window(position.stage, position.step))
 
     def _record(self, position: Position, rate: float, means: dict[str, Any]) -> dict[str, Any]:
         """The `train` record of the step that ended at `position`."""
-        now, before = time.perf_counter(), self.clock
-        self.clock = now
         length = self.stage.sequence_length
-        batch_tokens = self.plan.batch_rows(position.rows - 1) * length
+        speed = self.times.steps.tokens_per_second
         flops = self.plan.flops_per_token(position.model)
-        tokens_per_second = batch_tokens / (now - before) if before else None
-        peak = peak_flops(self.spec.model.dtype)
         given = self.mixture.order.given(position.rows)
         return {
             "kind": "train", "time": time.time(), "stage": position.stage, "step": position.step,
-            "tokens": position.tokens_seen, "learning_rate": rate, "batch_tokens": batch_tokens,
+            "tokens": position.tokens_seen, "learning_rate": rate,
+            "batch_tokens": self._batch_tokens(position),
             "source_tokens": {source: rows * length for source, rows in given.items()},
-            "tokens_per_second": tokens_per_second,
-            "peak_share": tokens_per_second * flops / peak if tokens_per_second else None,
-            **means,
+            "tokens_per_second": speed,
+            "tokens_per_second_per_device": speed and speed / self.context.mesh.size,
+            "mfu": speed and self.peak.mfu(speed * flops), "mfu_peak": self.peak.source,
+            **memory_use(), **means,
         }  # fmt: skip
 
+    def _batch_tokens(self, position: Position) -> int:
+        """Tokens of the step that ended at `position`."""
+        return self.plan.batch_rows(position.rows - 1) * self.stage.sequence_length
+
     def _passed(self, every_tokens: int) -> bool:
-        length = self.stage.sequence_length
-        after = self.position.rows * length
-        before = after - self.plan.batch_rows(self.position.rows - 1) * length
+        after = self.position.rows * self.stage.sequence_length
+        before = after - self._batch_tokens(self.position)
         return after // every_tokens > before // every_tokens
 
     def _evaluate(self) -> None:
@@ -170,15 +206,19 @@ class StageRun:
         where = {"stage": self.position.stage, "step": self.position.step,
                  "tokens": self.position.tokens_seen}  # fmt: skip
         run = self.run_
-        for record in evaluate(self.config, run.data_root, self.plan, self.spec, self.state.params):
-            run.log.write(record | where | {"time": time.time()})
-        self.clock = None
+        self.times.steps.pause()
+        with self.times.split("evaluation"):
+            for record in evaluate(
+                self.config, run.data_root, self.plan, self.spec, self.state.params
+            ):
+                run.log.write(record | where | {"time": time.time()})
 
     def _save(self) -> None:
         # What is saved was finite: the loss and gradient of every step up to here have been read.
         self._read_metrics()
-        self.checkpoints.save(self.state, self.position, to_dict(self.config))
-        self.clock = None
+        self.times.steps.pause()
+        with self.times.split("checkpoint"):
+            self.checkpoints.save(self.state, self.position, to_dict(self.config))
 
 
 def event(name: str, position: Position) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ouro_jax.training.checkpoints import StageCheckpoints, stage_steps
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.evaluation import ngram_baselines
 from ouro_jax.training.layout import choose_layout
+from ouro_jax.training.profiling import Profiler
 from ouro_jax.training.progress import Progress
 from ouro_jax.training.run_log import RunLog
 from ouro_jax.training.stage_rows import open_stage_mixture
@@ -30,6 +31,7 @@ from ouro_jax.training.stage_run import (
 )
 from ouro_jax.training.start import check_start, fresh_state, is_huggingface, state_from
 from ouro_jax.training.state import StateFactory
+from ouro_jax.training.timing import RunTimes
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -48,8 +50,10 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
             wandb_project=config.logging.wandb_project, enabled=is_first,
         )) as log,
         Progress(enabled=is_first) as progress,
+        RunTimes(workdir, enabled=is_first) as times,
+        contextlib.closing(Profiler(config.profile, workdir, enabled=is_first)) as profiler,
     ):  # fmt: skip
-        run = RunContext(config, workdir, data_root, log, progress)
+        run = RunContext(config, workdir, data_root, log, progress, times, profiler)
         source = config.init_from or None
         for stage in stages:
             with use_mesh(stage.mesh):

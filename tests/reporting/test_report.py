@@ -43,7 +43,9 @@ def synthetic_records() -> list[dict]:
                 "exit_distribution": [1 / loops] * loops, "mean_depth": (loops + 1) / 2,
                 "learning_rate": 1e-3, "batch_tokens": 4096, "grad_norm": 1.0,
                 "grad_norms": {"head": 1.0}, "tokens_per_second": None if step == 1 else 1000.0,
-                "peak_share": None if step == 1 else 0.25,
+                "tokens_per_second_per_device": None if step == 1 else 500.0,
+                "mfu": None if step == 1 else 25.0, "mfu_peak": "TPU v5e data sheet",
+                "step_seconds": dict.fromkeys(("p50", "p90", "p99", "max"), 4.0),
             } | where)  # fmt: skip
         records += [
             {

@@ -14,7 +14,8 @@ def train_record(step: int, **fields) -> dict:
         "kind": "train", "stage": "stable_1a", "step": step, "tokens": 4096 * step,
         "loss": 2.5, "loss_per_loop": [3.0, 2.25], "exit_distribution": [0.25, 0.75],
         "mean_depth": 1.75, "batch_tokens": 4096, "tokens_per_second": 2048.0,
-        "peak_share": 0.5,
+        "tokens_per_second_per_device": 1024.0, "mfu": 50.0, "mfu_peak": "TPU v5e data sheet",
+        "hbm_bytes_in_use": 2**30, "hbm_bytes_peak": 2**31, "hbm_bytes_limit": 2**34,
     } | fields  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def test_a_line_at_most_every_ten_seconds_and_at_both_ends(seconds):
     assert lines[0] == "stable_1a: 4,096,000 tokens."
     assert len(lines) == 1 + 4 + 1
     assert "step 5 " in lines[1] and "20,480/4,096,000 tokens" in lines[1]
-    assert "2,048 tokens/s (50.0 % of peak)" in lines[1]
+    assert "2,048 tokens/s, 1,024 per device (50.0 % MFU)" in lines[1]
     assert "3.000 2.250" in lines[1] and "1.75" in lines[1]
     assert lines[-1].startswith("stable_1a: finished after 81,920 tokens in 0:40")
 
@@ -58,7 +59,7 @@ def test_steps_without_a_speed_and_with_a_null_loss(seconds):
     with Progress(console=Console(file=file)) as shown:
         shown.start_stage("gate", 8192, done_tokens=4096)
         seconds[0] += 60
-        shown.update(train_record(1, tokens_per_second=None, peak_share=None, loss=None))
+        shown.update(train_record(1, tokens_per_second=None, mfu=None, loss=None))
     assert "4,096 of them done" in file.getvalue()
     assert "100.0 %" in file.getvalue() and "speed unknown yet" in file.getvalue()
 
@@ -75,7 +76,7 @@ def test_on_a_terminal_a_panel_shows_and_messages_stay(seconds):
         shown.message("a checkpoint [not markup]")
         shown.update(train_record(1))
     output = file.getvalue()
-    for fact in ("a checkpoint [not markup]", "3.000 2.250", "1.75 of 2", "50.0 % of peak"):
+    for fact in ("a checkpoint [not markup]", "3.000 2.250", "1.75 of 2", "50.0 % MFU"):
         assert fact in output
 
 

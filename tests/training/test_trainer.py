@@ -32,7 +32,10 @@ from ouro_jax.training.transitions import upcycle
 FIRST_STEPS = 18
 STAGE_STEPS = {"stable_1a": FIRST_STEPS, "stable_1b": FIRST_STEPS + 80, "gate": FIRST_STEPS + 88}
 SKIPPED = ((300, 340),)
-TIMES = {"time", "tokens_per_second", "peak_share"}
+TIMES = {
+    "time", "tokens_per_second", "tokens_per_second_per_device", "mfu", "seconds", "step_seconds",
+    "hbm_bytes_in_use", "hbm_bytes_peak", "hbm_bytes_limit",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,254 @@
+"""Where the time of a run goes: parts of wall time, durations of steps, goodput over restarts.
+
+Everything is measured on the host and nothing waits for a device: a step is dispatched and its
+metrics are read one step late, so the time from one read to the next is that of a step.
+
+ml-goodput-measurement is not used: it cannot be installed without Google Cloud Logging, and needs
+that service to run.
+"""
+
+import contextlib
+import copy
+import functools
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+from ouro_jax.training.run_log import open_lines, read_lines
+
+FILE_NAME = "times.jsonl"
+# Parts of a window: `data` is waiting for rows while the devices have nothing to do, `checkpoint`
+# what of saving the loop waits for, `other` the start of a process and of a stage.
+PARTS: tuple[str, ...] = ("step", "data", "compile", "evaluation", "checkpoint", "other")
+# What accounting over the attempts adds: steps that were trained again after a restart, and the
+# time from the last sign of life of an attempt to the start of the next.
+LOST_PARTS: tuple[str, ...] = ("repeated", "stopped")
+
+
+@dataclass
+class Compilations:
+    """Seconds that JAX traced, lowered and compiled in the main thread, and cache hits."""
+
+    seconds: float = 0.0
+    cache_hits: int = 0
+    _spans: list[tuple[float, float]] = field(default_factory=list)
+
+    def add_span(self, event: str, start_time: float, end_time: float, **_: Any) -> None:
+        """Listens to `jax.monitoring`; other threads (checkpoints) cost the loop nothing."""
+        if not event.startswith("/jax/core/compile/"):
+            return
+        if threading.current_thread() is not threading.main_thread():
+            return
+        # Functions traced inside this one were reported first.
+        while self._spans and self._spans[-1][0] >= start_time:
+            start, end = self._spans.pop()
+            self.seconds -= end - start
+        self._spans.append((start_time, end_time))
+        self.seconds += end_time - start_time
+
+    def add_event(self, event: str, **_: Any) -> None:
+        """Listens to `jax.monitoring`."""
+        self.cache_hits += event == "/jax/compilation_cache/cache_hits"
+
+
+@functools.cache
+def compilations() -> Compilations:
+    """The count of this process, from the first call on."""
+    count = Compilations()
+    jax.monitoring.register_event_time_span_listener(count.add_span)
+    jax.monitoring.register_event_listener(count.add_event)
+    return count
+
+
+class TimeSplit:
+    """Gives every moment to one part: `with split("data"):` until it ends or an inner one begins.
+
+    Outside of any it is `other`. Seconds of `compiled` go to `compile`, wherever they were spent.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        compiled: Callable[[], float] = lambda: 0.0,
+    ):
+        self._clock, self._compiled = clock, compiled
+        self._now, self._compiled_now = clock(), compiled()
+        self._part, self._seconds = "other", dict.fromkeys(PARTS, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """The time inside counts as `part`."""
+        outer = self._switch(part)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def count_as(self, part: str) -> None:
+        """The part that is running turns out to have been `part`."""
+        self._part = part
+
+    def take(self) -> dict[str, float]:
+        """Seconds by part since the last call; they sum to the time that passed."""
+        self._switch(self._part)
+        taken, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
+        return taken
+
+    def _switch(self, part: str) -> str:
+        now, compiled = self._clock(), self._compiled()
+        passed = now - self._now
+        compiling = min(compiled - self._compiled_now, passed)
+        self._seconds["compile"] += compiling
+        self._seconds[self._part] += passed - compiling
+        self._now, self._compiled_now = now, compiled
+        before, self._part = self._part, part
+        return before
+
+
+class StepClock:
+    """Durations of the steps of a window, from end to end of steps that followed one another."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._last_end: float | None = None
+        self._seconds: list[float] = []
+        self._tokens = 0
+
+    def pause(self) -> None:
+        """The devices do something else before the next step: its duration is not known."""
+        self._last_end = None
+
+    def step_ended(self, tokens: int) -> None:
+        """A step of so many tokens ended just now."""
+        before, self._last_end = self._last_end, self._clock()
+        if before is not None:
+            self._seconds.append(self._last_end - before)
+            self._tokens += tokens
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The mean of the window, over the steps whose duration is known."""
+        return self._tokens / sum(self._seconds) if self._seconds else None
+
+    def take(self) -> dict[str, float | None]:
+        """Percentiles of the window in seconds, None if no duration is known; begins the next."""
+        names, ranks = ("p50", "p90", "p99", "max"), (50, 90, 99, 100)
+        seconds, self._seconds, self._tokens = self._seconds, [], 0
+        values = np.percentile(seconds, ranks).tolist() if seconds else [None] * len(names)
+        return dict(zip(names, values, strict=True))
+
+
+class RunTimes:
+    """The clocks of a run, and `times.jsonl`: what every attempt at it did with its time.
+
+    Unlike the log this file is never rewound, so that work lost to a kill stays counted. Its lines
+    (seconds, `time` since 1970): `attempt` at the start of a process that trains, `window` with
+    its seconds by part at every record of the log, `compile` for every compiled step, `end` when
+    the run came to its end. With `enabled` False (processes 1, …) nothing is written.
+    """
+
+    def __init__(self, workdir: str | Path, *, enabled: bool = True):
+        self._path = Path(workdir) / FILE_NAME
+        self._enabled = enabled
+        self._file: TextIO | None = None
+        self._began, self._step = time.time(), 0
+        self.split = TimeSplit(compiled=lambda: compilations().seconds)
+        self.steps = StepClock()
+
+    def __enter__(self) -> "RunTimes":
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: Any) -> None:
+        if self._file is not None:
+            if failure is None:
+                self._write("end", time=time.time())
+            self._file.close()
+
+    def start(self, stage: str, step: int) -> None:
+        """Training goes on from `step`; a process says so once, before its first stage."""
+        if self._enabled and self._file is None:
+            self._file = open_lines(self._path)
+            self._write("attempt", time=self._began, stage=stage, step=step)
+            self._step = step
+
+    @contextlib.contextmanager
+    def program(self, stage: str, step: int) -> Iterator[None]:
+        """Around the call of a compiled step: says so if the call compiled it."""
+        before = copy.copy(compilations())
+        yield
+        after = compilations()
+        if after.seconds > before.seconds:
+            self.steps.pause()
+            self._write(
+                "compile", stage=stage, step=step, seconds=after.seconds - before.seconds,
+                from_cache=after.cache_hits > before.cache_hits,
+            )  # fmt: skip
+
+    def window(self, stage: str, step: int) -> dict[str, Any]:
+        """Ends a window at `step`: writes it down, and returns its fields of the log's record."""
+        seconds = self.split.take()
+        self._write(
+            "window", time=time.time(), stage=stage, step=step, steps=step - self._step,
+            seconds=seconds,
+        )  # fmt: skip
+        self._step = step
+        return {"seconds": seconds, "step_seconds": self.steps.take()}
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind} | fields) + "\n")
+            self._file.flush()
+
+
+def read_times(workdir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's `times.jsonl`; none if it has not trained yet."""
+    path = Path(workdir) / FILE_NAME
+    return read_lines(path) if path.exists() else []
+
+
+def time_spent(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Wall seconds of every stage by PARTS and LOST_PARTS, over all attempts of a run.
+
+    A step counts once: what was trained after the checkpoint that a later attempt began from is
+    `repeated`. Time between attempts is `stopped`, unless the run had come to its end.
+    """
+    records = list(records)
+    kept, kept_until = [], math.inf
+    for record in reversed(records):
+        if record["kind"] == "attempt":
+            kept_until = min(kept_until, record["step"])
+        elif record["kind"] == "window":
+            steps = max(record["steps"], 1)
+            kept.append(min(max(kept_until - record["step"] + steps, 0), steps) / steps)
+    spent: dict[str, dict[str, float]] = {}
+    alive = math.inf
+    for record in records:
+        if record["kind"] == "end":
+            alive = math.inf
+        if record["kind"] not in ("attempt", "window"):
+            continue
+        stage = spent.setdefault(record["stage"], dict.fromkeys((*PARTS, *LOST_PARTS), 0.0))
+        if record["kind"] == "attempt":
+            stage["stopped"] += max(record["time"] - alive, 0.0)
+        else:
+            share = kept.pop()
+            for part, seconds in record["seconds"].items():
+                stage[part] += seconds
+            stage["step"] -= (1 - share) * record["seconds"]["step"]
+            stage["repeated"] += (1 - share) * record["seconds"]["step"]
+        alive = record["time"]
+    return spent
+
+
+def goodput(spent: dict[str, dict[str, float]]) -> float | None:
+    """The share of wall time in steps that count, in %; None before the first window."""
+    wall = sum(sum(parts.values()) for parts in spent.values())
+    return 100 * sum(parts["step"] for parts in spent.values()) / wall if wall else None
