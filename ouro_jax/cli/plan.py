@@ -34,12 +34,12 @@ def main() -> Mapping[str, Any]:
     names = [FLAGS.stage] if FLAGS.stage else [name for name, _ in config.stream()]
     # Loading jax takes seconds; a wrong flag should not wait for it.
     from ouro_jax.planning.compile import compile_all, program_text
-    from ouro_jax.planning.plan import describe, layouts, stage_request
+    from ouro_jax.planning.plan import describe, stage_layouts, stage_request
 
     cache = Path(FLAGS.cache).expanduser()
     requests = {}
     for name in names:
-        layout = layouts(config, name, topology)[0]
+        layout = stage_layouts(config, name, topology)[0]
         requests[name] = stage_request(config, name, topology, layout)
     results = dict(compile_all(list(requests.values()), cache))
     stages = [

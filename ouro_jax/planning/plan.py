@@ -59,7 +59,7 @@ def describe(config: Config, name: str, request: Request, result: dict[str, Any]
     return row
 
 
-def layouts(config: Config, name: str, topology: Topology) -> list[Layout]:
+def stage_layouts(config: Config, name: str, topology: Topology) -> list[Layout]:
     """Layouts of stage `name` on `topology`, the most promising first."""
     sizes = dataclasses.asdict(config.mesh)
     sizes["slice"] = sizes["slice"] or topology.num_slices

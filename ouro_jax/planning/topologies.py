@@ -5,13 +5,13 @@ A TPU slice is `KIND:GRID`, as `v5e:16x16` or `v5p:4x4x4`; GPUs are `KIND:COUNT`
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ouro_jax.config import ConfigError, nearest
+from ouro_jax.parallel.chips import CHIPS
 
 SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
@@ -70,6 +70,32 @@ def grids(kind: str) -> list[tuple[int, ...]]:
     return [(count,) for count in GPUS_PER_NODE]
 
 
+# What XLA wants to know of a GPU that is not there (CUDA's tables for compute capability 9.0).
+HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+device_description_str: "{name}"
+"""
 KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x", "h100", "h200")
 
 
@@ -137,12 +163,8 @@ def devices(topology: Topology) -> list[Any]:
 
     if topology.is_gpu:
         return _gpus(topology)
-    try:
-        importlib.import_module("libtpu")
-    except ImportError as error:
-        raise ConfigError(
-            "planning for TPU needs its compiler: pip install 'ouro_jax[tpu]'"
-        ) from error
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("planning for TPU needs its compiler: pip install 'ouro_jax[tpu]'")
     options: dict[str, Any] = {}
     if topology.kind == "v4":
         options["chip_config_name"] = "megacore"
@@ -161,12 +183,14 @@ def _gpus(topology: Topology) -> list[Any]:
         raise ConfigError(
             "planning for GPUs needs their compiler: pip install 'ouro_jax[plan-gpu]'"
         )
-    target = Path(__file__).with_name("gpus") / f"{topology.kind}.txtpb"
+    chip = CHIPS[topology.kind]
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name=topology.kind,
         topology=f"{topology.num_slices}x1x{topology.grid[0]}",
-        target_config=target.read_text(),
+        target_config=HOPPER.format(
+            name=chip.name, memory=chip.hbm_bytes, bandwidth=int(chip.hbm_bandwidth)
+        ),
     ).devices
 
 
