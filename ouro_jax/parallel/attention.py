@@ -54,10 +54,12 @@ def attention_for(model: ModelConfig, sequence_length: int, mesh: Mesh) -> Atten
     """
     context = mesh.shape["context"]
     order = balance_order(sequence_length, context)
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
     block = _block_size(sequence_length, context)
-    if platform == "tpu" and model.head_dim % (LANES // 2) == 0 and block:
+    if device.platform == "tpu" and model.head_dim % (LANES // 2) == 0 and block:
         kernel = _splash(model.num_heads // mesh.shape["tensor"], order, context, block)
+    elif "NVIDIA" in device.device_kind and _cudnn_can(model, sequence_length // context):
+        kernel = functools.partial(_cudnn, order.reshape(context, -1))
     elif context == 1:
         return dense_attention
     else:
@@ -66,7 +68,10 @@ def attention_for(model: ModelConfig, sequence_length: int, mesh: Mesh) -> Atten
 
 
 def _on_each_device(kernel: Kernel, context: int, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL=None):
-    """Runs `kernel` on each device's part; a Pallas call cannot be partitioned automatically."""
+    """Runs `kernel` on each device's part; a Pallas call cannot be partitioned automatically.
+
+    The axes that are not manual yet become so here; with none left there is nothing to do.
+    """
 
     def local(q_BLHK, k_BLGK, v_BLGK, ids_BL):
         if context == 1:
@@ -79,12 +84,12 @@ def _on_each_device(kernel: Kernel, context: int, q_BLHK, k_BLGK, v_BLGK, segmen
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if not free:
         return local(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
-    names = (BATCH_AXES, "context", "tensor")
-    rows, length, heads = (
-        tuple(axis for axis in np.atleast_1d(name) if axis in free) for name in names
-    )
-    ids = PartitionSpec(rows, length)
-    each = PartitionSpec(rows, length, heads)
+
+    def split(*axes):
+        return tuple(axis for axis in axes if axis in free)
+
+    ids = PartitionSpec(split(*BATCH_AXES), split("context"))
+    each = PartitionSpec(*ids, split("tensor"))
     on_devices = jax.shard_map(
         local, in_specs=(each, each, each, ids), out_specs=each, axis_names=free, check_vma=False
     )
@@ -100,13 +105,38 @@ def _gather(context: int, x_BL):
     return ordered.reshape(x_BS.shape)
 
 
-def _dense(rows_CL, q_BLHK, k_BSGK, v_BSGK, ids_BL, ids_BS, shard):
+def _visible(rows_CL, k_BSGK, ids_BL, ids_BS, shard):
+    """visible_BLS: which keys the local queries, of the columns rows_CL[shard], may see."""
+    causal_LS = jnp.asarray(rows_CL)[shard][:, None] >= jnp.arange(k_BSGK.shape[1])
+    if ids_BL is None:
+        return jnp.broadcast_to(causal_LS, (len(k_BSGK), *causal_LS.shape))
+    return causal_LS & (ids_BL[:, :, None] == ids_BS[:, None, :])
+
+
+def _dense(rows_CL, q_BLHK, k_BSGK, v_BSGK, *place):
     """All scores of the local queries at once."""
-    visible = jnp.asarray(rows_CL)[shard][:, None] >= jnp.arange(k_BSGK.shape[1])
-    if ids_BL is not None:
-        visible = visible & (ids_BL[:, :, None] == ids_BS[:, None, :])
-    return attend(
-        q_BLHK, k_BSGK, v_BSGK, jnp.broadcast_to(visible, (len(q_BLHK), *visible.shape[-2:]))
+    return attend(q_BLHK, k_BSGK, v_BSGK, _visible(rows_CL, k_BSGK, *place))
+
+
+def _cudnn_can(model: ModelConfig, length: int) -> bool:
+    """What cuDNN's flash attention takes: 16 bits, heads of 8 to 128, even lengths with a mask."""
+    fits = model.head_dim <= 128 and model.head_dim % 8 == 0 and length % 2 == 0
+    return model.dtype == "bfloat16" and fits
+
+
+def _cudnn(rows_CL, q_BLHK, k_BSGK, v_BSGK, ids_BL, ids_BS, shard):
+    """cuDNN's flash attention, in which query head h reads KV head h // (H / G) too.
+
+    Segments, and the order of context shards, are a mask: cuDNN adds it as a bias of 2 bytes for
+    a pair of a query and a key, once for all heads (32 MiB at 4K), and keeps no scores. Of the
+    whole row it also skips the blocks above the diagonal. JAX offers it no segments otherwise.
+    """
+    whole = len(rows_CL) == 1
+    mask_B1LS = None
+    if not whole or ids_BL is not None:
+        mask_B1LS = _visible(rows_CL, k_BSGK, ids_BL, ids_BS, shard)[:, None]
+    return jax.nn.dot_product_attention(
+        q_BLHK, k_BSGK, v_BSGK, mask=mask_B1LS, is_causal=whole, implementation="cudnn"
     )
 
 
