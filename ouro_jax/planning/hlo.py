@@ -35,6 +35,7 @@ _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]"
     r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([\w',]*)\}"
 )
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 class HloError(ValueError):
@@ -126,7 +127,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """
     found: dict[tuple, list[str]] = {}
     for visit, kind, instruction in _Program(text).transfers():
-        members = _members(instruction, math.prod(mesh_shape.values()))
+        members = _members(instruction, mesh_shape)
         axes = _axes(members, mesh_shape)
         if not axes:
             continue
@@ -203,23 +204,20 @@ class _Program:
     def transfers(self) -> Iterator[tuple[_Visit, str, _Instruction]]:
         """(visit, kind, instruction) of every collective, asynchronous ones at their start."""
         for visit in self.visits():
-            computation = visit.computation
+            instructions = visit.computation.instructions.values()
             starts = {
                 name
-                for instruction in computation.instructions.values()
+                for instruction in instructions
                 if "AsyncCollectiveStart" in instruction.attributes
                 for name in instruction.operands
             }
-            for instruction in computation.instructions.values():
-                kind = instruction.opcode.removesuffix("-start")
+            for instruction in instructions:
                 # One chain of start, steps and done: each of them prints the collective.
                 later = "chain_id=" in instruction.attributes and instruction.name not in starts
-                if kind not in KINDS or later:
-                    continue
-                # TPU's reduce-scatter: an all-reduce of the whole inside a fusion of this name.
-                if computation.name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"
-                yield visit, kind, instruction
+                if (kind := _kind(instruction)) and not later:
+                    # TPU's reduce-scatter: an all-reduce of the whole in a fusion of this name.
+                    fused = visit.computation.name.startswith("all-reduce-scatter")
+                    yield visit, "reduce-scatter" if fused else kind, instruction
 
     def _calls(self, instruction: _Instruction, visit: _Visit) -> Iterator[_Visit]:
         if instruction.opcode == "while":
@@ -337,6 +335,19 @@ def _no_argument(number: int, index: int | None) -> int:
     raise _Unknown
 
 
+def _kind(instruction: _Instruction) -> str | None:
+    """The kind of a collective, None for any other instruction."""
+    if instruction.opcode == "send":
+        # What chips of one slice send to the hosts for those of another, in one of our kinds.
+        between = _MEGASCALE.search(instruction.attributes)
+        kind = between[1].lower().replace("_", "-") if between else None
+        if kind and kind not in KINDS:
+            raise HloError(f"{instruction.name}: unknown kind of transfer between slices: {kind}")
+        return kind
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
 def _op_name(instruction: _Instruction) -> str:
     found = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return found[1] if found else ""
@@ -355,9 +366,13 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
-def _members(instruction: _Instruction, num_devices: int) -> np.ndarray:
+def _members(instruction: _Instruction, mesh_shape: Mapping[str, int]) -> np.ndarray:
     """Groups of devices that exchange data, [groups, size]; pairs for a permutation."""
-    text = instruction.attributes
+    text, num_devices = instruction.attributes, math.prod(mesh_shape.values())
+    if _MEGASCALE.search(text):
+        ids = np.arange(num_devices).reshape(tuple(mesh_shape.values()))
+        slices = np.moveaxis(ids, list(mesh_shape).index("slice"), -1)
+        return slices.reshape(-1, mesh_shape["slice"])
     lists = r"=\{((?:\{[\d,]*\},?)*)\}"
     if pairs := re.search("source_target_pairs" + lists, text):
         return np.array(_integers(pairs[1])).reshape(-1, 2)

@@ -2,8 +2,8 @@
 
     python -m tests.planning.compile_collectives DIR
 
-writes `nested.hlo`, `once.hlo` and `each_loop.hlo`. A process of its own: a compiler that aborts
-must not take the tests along.
+writes `nested.hlo`, `slices.hlo`, `once.hlo` and `each_loop.hlo`. A process of its own: a compiler
+that aborts must not take the tests along.
 """
 
 import sys
@@ -55,6 +55,18 @@ def lower_nested(mesh: Mesh):
     return run.trace(array).lower(lowering_platforms=(platform,))
 
 
+def lower_between_slices(mesh: Mesh):
+    """A sum over slices in a loop, of a float32 array of 128 × 512 on each chip."""
+
+    def program(part):
+        return lax.scan(lambda x, _: (jnp.sin(lax.psum(x, "slice")), None), part, length=OUTER)[0]
+
+    spec = PartitionSpec("fsdp")
+    run = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    array = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32, sharding=NamedSharding(mesh, spec))
+    return run.trace(array).lower(lowering_platforms=("tpu",))
+
+
 def lower_step(mesh: Mesh, gather: str):
     """The small train step: 4 loops of 3 layers, 2 microbatches."""
     sharding, shape = batch_sharding(mesh, microbatched=True), (MICROBATCHES, ROWS, LENGTH)
@@ -71,13 +83,19 @@ def lower_step(mesh: Mesh, gather: str):
 
 
 def main() -> None:
-    """Compiles all three for `v5e:2x4`."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    mesh, folder = mesh_of(topology.devices), Path(sys.argv[1])
-    (folder / "nested.hlo").write_text(lower_nested(mesh).compile().as_text())
-    for gather in ("once", "each_loop"):
-        text = lower_step(mesh, gather).compile().as_text()
-        (folder / f"{gather}.hlo").write_text(text)
+    """Compiles for `v5e:2x4`, and for two slices of `v5e:2x2`."""
+    folder = Path(sys.argv[1])
+    mesh = mesh_of(chips("v5e:2x4"))
+    slices = make_mesh(MeshConfig(slice=2, data=1, fsdp=4), chips("v5e:2x2", num_slices=2))
+    lowered = {"nested": lower_nested(mesh), "slices": lower_between_slices(slices)}
+    lowered |= {gather: lower_step(mesh, gather) for gather in ("once", "each_loop")}
+    for name, program in lowered.items():
+        (folder / f"{name}.hlo").write_text(program.compile().as_text())
+
+
+def chips(name: str, **options) -> list:
+    """TPU devices that need not be there."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
 if __name__ == "__main__":

@@ -62,6 +62,15 @@ def test_nested_loops_on_tpu(texts):
     check_nested(texts["nested"])
 
 
+def test_transfers_between_slices(texts):
+    """XLA prints them as sends to the host: a megascale runtime carries them."""
+    assert "all-reduce(" not in texts["slices"]
+    mesh = dict(zip(MESH_AXES, (2, 1, 4, 1, 1), strict=True))
+    assert rows(texts["slices"], mesh) == {("all-reduce", "slice", 2, 1, OUTER, WHOLE // 4)}
+    with pytest.raises(HloError, match="unknown kind of transfer between slices: to-moon"):
+        collectives(texts["slices"].replace('"ALL_REDUCE"', '"TO_MOON"'), mesh)
+
+
 def test_once_moves_every_weight_once(texts):
     """One gather of the bfloat16 weights and no transfer in any loop, by hand: layers of 4 × 256 ×
     256 + 3 × 256 × 512 weights, embedding and head of 1024 × 256."""
