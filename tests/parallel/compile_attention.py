@@ -26,8 +26,9 @@ def compile_gradients(mesh, head_dim: int, manual: bool) -> dict[str, object]:
     rows = PartitionSpec(BATCH_AXES, "context")
 
     def shape(*sizes, dtype=jnp.bfloat16):
-        spec = PartitionSpec(*rows, "tensor") if len(sizes) == 4 else rows
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+        heads = ["tensor"] if len(sizes) == 4 else []
+        sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context", *heads))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
     def step(q, k, v, ids, w):
         attend = attention_for(model, LENGTH, mesh)
