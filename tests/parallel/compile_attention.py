@@ -32,7 +32,7 @@ def compile_gradients(mesh, head_dim: int, manual: bool) -> dict[str, object]:
 
     def step(q, k, v, ids, w):
         attend = attention_for(model, LENGTH, mesh)
-        o, pullback = jax.vjp(lambda *qkv: attend(*qkv, ids), q, k, v)
+        o, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, ids), q, k, v)
         return o, pullback(w)
 
     q = shape(ROWS, LENGTH, HEADS, head_dim)
