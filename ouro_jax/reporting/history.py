@@ -1,7 +1,10 @@
 """The records of a run, sorted into stages and held-out measurements."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from ouro_jax.training.timing import time_spent
 
 Record = dict[str, Any]
 
@@ -10,7 +13,8 @@ Record = dict[str, Any]
 class StageHistory:
     """One stage: the tokens it spans, its model and what was recorded.
 
-    `heldout` holds the last measurement of every source.
+    `heldout` holds the last measurement of every source, `seconds` the wall time by what it went
+    to, over all attempts.
     """
 
     name: str
@@ -19,6 +23,7 @@ class StageHistory:
     model: Record = field(default_factory=dict)
     train: list[Record] = field(default_factory=list)
     heldout: dict[str, Record] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -40,13 +45,18 @@ class RunHistory:
         return bool(self.events) and self.events[-1]["event"] == "finished"
 
     @property
+    def timed(self) -> list[StageHistory]:
+        """The stages whose time was written down."""
+        return [stage for stage in self.stages if stage.seconds]
+
+    @property
     def measured(self) -> list[StageHistory]:
         """The stages in which the held-out text was measured."""
         return [stage for stage in self.stages if stage.heldout]
 
 
-def sort_records(records: list[Record]) -> RunHistory:
-    """Sorts the records of `read_log`; kinds that it does not know are left out."""
+def sort_records(records: list[Record], times: Sequence[Record] = ()) -> RunHistory:
+    """Sorts the records of `read_log`, kinds that it does not know left out, and `read_times`."""
     run = RunHistory()
     for record in records:
         kind = record["kind"]
@@ -62,6 +72,9 @@ def sort_records(records: list[Record]) -> RunHistory:
                 stage.train.append(record)
             else:
                 stage.heldout[record["source"]] = record
+    spent = time_spent(times)
+    for stage in run.stages:
+        stage.seconds = spent.get(stage.name, {})
     return run
 
 
@@ -74,6 +87,14 @@ def _stage_of(run: RunHistory, record: Record) -> StageHistory:
     start = run.tokens if run.stages else tokens - record.get("batch_tokens", 0)
     run.stages.append(StageHistory(record["stage"], start, tokens))
     return run.stages[-1]
+
+
+def short_time(seconds: float) -> str:
+    """A duration as one says it: 41 s, 12 min, 3.4 h, 5.2 days."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def short_count(number: float) -> str:

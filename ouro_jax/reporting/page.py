@@ -8,9 +8,10 @@ from typing import TypedDict
 
 from ouro_jax.config import ModelConfig, num_parameters
 from ouro_jax.reporting.heldout import HeldoutRow, heldout_rows, latest_rows, verdict
-from ouro_jax.reporting.history import Record, RunHistory, short_count
+from ouro_jax.reporting.history import Record, RunHistory, short_count, short_time
 from ouro_jax.reporting.plots import MAX_LOOP_COLOURS
 from ouro_jax.reporting.style import CSS
+from ouro_jax.training.timing import goodput
 
 
 class Sample(TypedDict):
@@ -78,6 +79,7 @@ def header(name: str, run: RunHistory, planned: Sequence[str]) -> str:
         ),
         ("Tokens seen", short_count(run.tokens), f"{run.tokens:,}"),
         *_model_facts(run),
+        *_time_facts(run),
     ]
     cells = "".join(
         f"<div><dt>{escape(what)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>\n"
@@ -106,6 +108,14 @@ def _model_facts(run: RunHistory) -> list[tuple[str, str, str]]:
             f"width {model.hidden_size:,}, vocabulary {model.vocab_size:,}",
         ),
     ]
+
+
+def _time_facts(run: RunHistory) -> list[tuple[str, str, str]]:
+    share = goodput({stage.name: stage.seconds for stage in run.timed})
+    if share is None:
+        return []
+    wall = sum(sum(stage.seconds.values()) for stage in run.timed)
+    return [("Goodput", f"{share:.1f} %", f"of {short_time(wall)} in steps that count")]
 
 
 def heldout_section(run: RunHistory) -> str:

@@ -14,10 +14,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from ouro_jax.reporting.heldout import heldout_rows
-from ouro_jax.reporting.history import Record, RunHistory, StageHistory, short_count
+from ouro_jax.reporting.history import Record, RunHistory, StageHistory, short_count, short_time
+from ouro_jax.training.timing import LOST_PARTS, PARTS
 
 MAX_LOOP_COLOURS = 8
 # Matplotlib wants real colours; no two of these, nor any of its own, are equal.
@@ -225,13 +226,65 @@ def learning_rate_and_batch(run: RunHistory, canvas: Canvas) -> Figure:
     return _panels(run, canvas, panels)
 
 
-def throughput(run: RunHistory, canvas: Canvas) -> Figure:
+def speed(run: RunHistory, canvas: Canvas) -> Figure:
     """Tokens per second and device, and the share of the peak that the model's FLOPs make."""
+    peak = _trained(run)[-1].train[-1]["mfu_peak"]
     panels = (
         ("tokens/s per device", "tokens_per_second_per_device", FuncFormatter(_short_tick)),
         ("MFU", "mfu", PercentFormatter()),
     )
-    return _panels(run, canvas, panels)
+    figure = _panels(run, canvas, panels)
+    figure.axes[1].set_title(f"100 % = {peak}", loc="right", color=FAINT, fontsize=11)
+    return figure
+
+
+def step_seconds(run: RunHistory, canvas: Canvas) -> Figure:
+    """Percentiles of the duration of a step, over the stages."""
+    figure, axes, axis = _over_stages(run, canvas, 260)
+    for name, colour, combine in (
+        ("max", loop_colour(3), np.ma.max), ("p99", loop_colour(2), np.ma.max),
+        ("p90", loop_colour(1), np.ma.max), ("p50", ACCENT, np.ma.mean),
+    ):  # fmt: skip
+        for index in range(len(axis.stages)):
+            x, values = _curves(
+                axis, index, lambda record, name=name: [record["step_seconds"][name]], combine
+            )
+            axes.plot(x, values[:, 0], color=colour, label=name)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("seconds per step")
+    _legend(figure, axes, canvas)
+    return figure
+
+
+def where_time_went(run: RunHistory, canvas: Canvas) -> Figure:
+    """Shares of each stage's wall time, and of the whole run's, as stacked bars."""
+    stages = run.timed
+    parts = (*PARTS, *LOST_PARTS)
+    seconds = np.array([[stage.seconds[part] for part in parts] for stage in stages])
+    names = [stage.name for stage in stages]
+    if len(stages) > 1:
+        names, seconds = [*names, "whole run"], np.vstack([seconds, seconds.sum(0)])
+    walls = seconds.sum(1)
+    shares = 100 * seconds / walls[:, None]
+    figure = canvas.figure(120 + 34 * len(names) + (60 if canvas.narrow else 0))
+    axes = figure.subplots()
+    colours = (ACCENT, *(loop_colour(n) for n in (1, 2, 7, 8)), FAINT, *map(loop_colour, (3, 4)))
+    left = np.zeros(len(names))
+    for place, (part, colour) in enumerate(zip(parts, colours, strict=True)):
+        axes.barh(names, shares[:, place], left=left, color=colour, height=0.62, label=part)
+        left += shares[:, place]
+    for row, wall in enumerate(walls):
+        axes.text(101, row, short_time(wall), va="center", color=FAINT, fontsize=11)
+    axes.set_xlim(0, 100)
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.xaxis.set_major_formatter(PercentFormatter())
+    axes.set_xlabel("share of wall time")
+    _legend(figure, axes, canvas)
+    return figure
 
 
 def _panels(run: RunHistory, canvas: Canvas, panels: Sequence[tuple]) -> Figure:
@@ -262,9 +315,12 @@ def _trained(run: RunHistory) -> list[StageHistory]:
 
 
 def _curves(
-    axis: TokenAxis, index: int, values_of: Callable[[Record], Sequence[float | None]]
+    axis: TokenAxis,
+    index: int,
+    values_of: Callable[[Record], Sequence[float | None]],
+    combine: Callable[..., Any] = np.ma.mean,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Places x [P] and values [P, K] of a stage, averaged over runs of neighbouring records.
+    """Places x [P] and values [P, K] of a stage, neighbouring records combined (averaged).
 
     The first and the last average are drawn out to the stage's ends, so P is 2 at least.
     """
@@ -276,7 +332,7 @@ def _curves(
     x = np.array([part.mean() for part in np.array_split(tokens, points)])
     averages = [
         # A null (NaN here) is left out of its average; an average of nulls alone is a gap.
-        np.ma.masked_invalid(part).mean(axis=0).filled(np.nan)
+        combine(np.ma.masked_invalid(part), axis=0).filled(np.nan)
         for part in np.array_split(values, points)
     ]
     inner = slice(1, -1) if points > 1 else slice(0)

@@ -11,6 +11,7 @@ from ouro_jax.config import Config, ConfigError, from_config_dict
 from ouro_jax.reporting import page, plots
 from ouro_jax.reporting.history import RunHistory, sort_records
 from ouro_jax.training.run_log import FILE_NAME, read_log
+from ouro_jax.training.timing import read_times
 
 REPORT_NAME, SAMPLES_NAME = "report.html", "samples.json"
 
@@ -56,10 +57,27 @@ PLOTS = (
         "anneals, and compare their moments with jumps of the loss above.",
     ),
     Plot(
-        "Throughput", plots.throughput,
-        "Training speed, without pauses for evaluation and checkpoints, and what share of the "
-        "devices' peak arithmetic the model's own computation makes. Look for a level line within "
-        "a stage; a dip is a slow disk, network or neighbour.",
+        "Speed", plots.speed,
+        "Training speed, without pauses for evaluation and checkpoints, and MFU: what share of "
+        "the devices' peak arithmetic the model's own computation makes, recomputation not "
+        "counted. Look for a level line within a stage; a dip is a slow disk, network or "
+        "neighbour.",
+    ),
+    Plot(
+        "How long a step takes", plots.step_seconds,
+        "Half of the steps take no longer than p50, one in a hundred longer than p99; p90 and "
+        "above are those of the worst window nearby (logarithmic scale). Look for lines close to "
+        "each other: a gap means that all devices now and then wait, for data, for one slow host, "
+        "or for the host's other work.",
+    ),
+    Plot(
+        "Where the time went", plots.where_time_went,
+        "Wall time of each stage, all attempts together. Goodput is the share of steps that "
+        "count; repeated are steps trained again after a restart, stopped the time between the "
+        "last sign of life and the restart, data the wait for rows while the devices were idle, "
+        "checkpoint what of saving the steps waited for, other the start of the process. Look "
+        "for what is widest beside the steps.",
+        needs="seconds",
     ),
 )  # fmt: skip
 
@@ -67,11 +85,12 @@ PLOTS = (
 def write_report(workdir: str | Path, samples: Sequence[page.Sample] | None = None) -> Path:
     """Writes `workdir/report.html` and returns its path.
 
-    Reads `metrics.jsonl`, and `config.json` and `samples.json` where they exist; `samples` takes
-    the place of the last. Raises ConfigError if the log is missing, corrupt or empty.
+    Reads `metrics.jsonl`, and `times.jsonl`, `config.json` and `samples.json` where they exist;
+    `samples` takes the place of the last. Raises ConfigError if the log is missing, corrupt or
+    empty.
     """
     workdir = Path(workdir)
-    run = sort_records(read_log(workdir))
+    run = sort_records(read_log(workdir), read_times(workdir))
     if not run.stages:
         raise ConfigError(
             f"{workdir / FILE_NAME}: no stage has begun, so there is nothing to report yet."
@@ -96,7 +115,10 @@ def write_report(workdir: str | Path, samples: Sequence[page.Sample] | None = No
 
 def _figure(plot: Plot, run: RunHistory) -> str:
     if not any(getattr(stage, plot.needs) for stage in run.stages):
-        kinds = {"train": "training steps were logged", "heldout": "held-out text was measured"}
+        kinds = {
+            "train": "training steps were logged", "heldout": "held-out text was measured",
+            "seconds": "times were logged",
+        }  # fmt: skip
         return page.section(plot.title, "", page.missing(f"Left out: no {kinds[plot.needs]} yet."))
     drawings = [plots.svg(plot.draw, run, canvas) for canvas in (plots.WIDE, plots.NARROW)]
     return page.figure(plot.title, drawings, plot.look_for)

@@ -87,7 +87,9 @@ class _StageProgress:
     def __init__(self, name: str, total_tokens: int, done_tokens: int, tokens_after: int):
         self.name, self.total, self.done, self.after = name, total_tokens, done_tokens, tokens_after
         self.speed: float | None = None
+        # The newest record, and the newest that knows its speed.
         self.record: dict[str, Any] = {}
+        self.timed: dict[str, Any] = {}
         self.started = time.monotonic()
 
     def update(self, record: dict[str, Any]) -> None:
@@ -97,6 +99,7 @@ class _StageProgress:
         if speed:
             before = self.speed or speed
             self.speed = before + SMOOTHING * (speed - before)
+            self.timed = record
 
     def times_left(self) -> str:
         """Time left in the stage and the run, at the speed of now; later stages may differ."""
@@ -159,8 +162,8 @@ class _StageProgress:
         return text
 
     def _speed(self) -> str:
-        record = self.record
-        if self.speed is None or not record["tokens_per_second"]:
+        record = self.timed
+        if self.speed is None:
             return "speed unknown yet"
         smoothed = self.speed / record["tokens_per_second"]
         each = record["tokens_per_second_per_device"] * smoothed

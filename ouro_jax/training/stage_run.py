@@ -94,11 +94,12 @@ class StageRun:
                     self._evaluate()
                 if self._passed(self.config.checkpoint.every_tokens) or finished:
                     self._save()
+            run.profiler.close()
             with self.times.split("checkpoint"):
                 self.checkpoints.wait()
-        self.times.window(plan.name, self.position.step)
         log_once(run.log, "stage_end", self.position)
         run.progress.finish_stage()
+        self.times.end_stage(plan.name, self.position.step)
 
     def _awaited(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches. Waiting for one costs nothing while the devices are still at work."""
@@ -115,10 +116,9 @@ class StageRun:
         """Begins or ends a trace where one is due, between two steps."""
         run, step = self.run_, self.position.step + 1
         if run.profiler.is_due(step):
-            self._read_metrics()
-            self.times.steps.pause()
+            self._drain()
             with self.times.split("other"):
-                run.progress.message(run.profiler.turn(self.plan.name, step))
+                run.profiler.turn(self.plan.name, step)
 
     def _optimizer_step(self, start: int, batch: Any) -> None:
         rows = self.plan.batch_rows(start)
@@ -175,6 +175,12 @@ class StageRun:
         if position.step % self.config.logging.every_steps == 0 or is_last:
             self.run_.log.write(record | self.times.window(position.stage, position.step))
 
+    def _drain(self) -> None:
+        """Reads the last step, after which the devices stand still: not how long a step takes."""
+        self.times.steps.pause()
+        self._read_metrics()
+        self.times.steps.pause()
+
     def _record(self, position: Position, rate: float, means: dict[str, Any]) -> dict[str, Any]:
         """The `train` record of the step that ended at `position`."""
         length = self.stage.sequence_length
@@ -202,11 +208,10 @@ class StageRun:
         return after // every_tokens > before // every_tokens
 
     def _evaluate(self) -> None:
-        self._read_metrics()
+        self._drain()
         where = {"stage": self.position.stage, "step": self.position.step,
                  "tokens": self.position.tokens_seen}  # fmt: skip
         run = self.run_
-        self.times.steps.pause()
         with self.times.split("evaluation"):
             for record in evaluate(
                 self.config, run.data_root, self.plan, self.spec, self.state.params
@@ -215,8 +220,7 @@ class StageRun:
 
     def _save(self) -> None:
         # What is saved was finite: the loss and gradient of every step up to here have been read.
-        self._read_metrics()
-        self.times.steps.pause()
+        self._drain()
         with self.times.split("checkpoint"):
             self.checkpoints.save(self.state, self.position, to_dict(self.config))
 

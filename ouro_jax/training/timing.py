@@ -152,12 +152,14 @@ class RunTimes:
     Unlike the log this file is never rewound, so that work lost to a kill stays counted. Its lines
     (seconds, `time` since 1970): `attempt` at the start of a process that trains, `window` with
     its seconds by part at every record of the log, `compile` for every compiled step, `end` when
-    the run came to its end. With `enabled` False (processes 1, …) nothing is written.
+    the run came to its end. `tell` gets what a person should read. With `enabled` False
+    (processes 1, …) nothing is written.
     """
 
-    def __init__(self, workdir: str | Path, *, enabled: bool = True):
-        self._path = Path(workdir) / FILE_NAME
-        self._enabled = enabled
+    def __init__(
+        self, workdir: str | Path, tell: Callable[[str], None] = print, *, enabled: bool = True
+    ):
+        self._workdir, self._tell, self._enabled = Path(workdir), tell, enabled
         self._file: TextIO | None = None
         self._began, self._step = time.time(), 0
         self.split = TimeSplit(compiled=lambda: compilations().seconds)
@@ -175,7 +177,7 @@ class RunTimes:
     def start(self, stage: str, step: int) -> None:
         """Training goes on from `step`; a process says so once, before its first stage."""
         if self._enabled and self._file is None:
-            self._file = open_lines(self._path)
+            self._file = open_lines(self._workdir / FILE_NAME)
             self._write("attempt", time=self._began, stage=stage, step=step)
             self._step = step
 
@@ -184,13 +186,13 @@ class RunTimes:
         """Around the call of a compiled step: says so if the call compiled it."""
         before = copy.copy(compilations())
         yield
-        after = compilations()
-        if after.seconds > before.seconds:
+        seconds = compilations().seconds - before.seconds
+        if seconds > 0:
             self.steps.pause()
-            self._write(
-                "compile", stage=stage, step=step, seconds=after.seconds - before.seconds,
-                from_cache=after.cache_hits > before.cache_hits,
-            )  # fmt: skip
+            cached = compilations().cache_hits > before.cache_hits
+            self._write("compile", stage=stage, step=step, seconds=seconds, from_cache=cached)
+            how = "compiled in" if not cached else "compiled before, read from the cache in"
+            self._tell(f"{stage}: step {step:,} {how} {seconds:.1f} s.")
 
     def window(self, stage: str, step: int) -> dict[str, Any]:
         """Ends a window at `step`: writes it down, and returns its fields of the log's record."""
@@ -201,6 +203,17 @@ class RunTimes:
         )  # fmt: skip
         self._step = step
         return {"seconds": seconds, "step_seconds": self.steps.take()}
+
+    def end_stage(self, stage: str, step: int) -> None:
+        """Ends the last window of a stage, and tells where the stage's time went."""
+        self.window(stage, step)
+        if self._file is None:
+            return
+        parts = time_spent(read_times(self._workdir))[stage]
+        wall = sum(parts.values())
+        shares = sorted(((100 * seconds / wall, part) for part, seconds in parts.items()))
+        text = ", ".join(f"{part} {share:.1f} %" for share, part in shares[::-1] if share >= 0.05)
+        self._tell(f"{stage}: {wall:,.0f} s of wall time: {text}.")
 
     def _write(self, kind: str, **fields: Any) -> None:
         if self._file is not None:

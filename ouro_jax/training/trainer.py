@@ -50,8 +50,10 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
             wandb_project=config.logging.wandb_project, enabled=is_first,
         )) as log,
         Progress(enabled=is_first) as progress,
-        RunTimes(workdir, enabled=is_first) as times,
-        contextlib.closing(Profiler(config.profile, workdir, enabled=is_first)) as profiler,
+        RunTimes(workdir, progress.message, enabled=is_first) as times,
+        contextlib.closing(Profiler(
+            config.profile, workdir, progress.message, enabled=is_first
+        )) as profiler,
     ):  # fmt: skip
         run = RunContext(config, workdir, data_root, log, progress, times, profiler)
         source = config.init_from or None

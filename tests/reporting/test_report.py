@@ -8,6 +8,7 @@ import pytest
 
 from ouro_jax.config import ConfigError
 from ouro_jax.reporting.report import PLOTS, write_report
+from ouro_jax.training.timing import LOST_PARTS, PARTS
 
 STAGES = (("stable_1a", 8), ("stable_1b", 4), ("gate", 4))
 SOURCES = ("code", "prose & <b>verse</b>")
@@ -71,6 +72,17 @@ def write_log(workdir, records) -> None:
     (workdir / "metrics.jsonl").write_text(lines)
 
 
+def write_times(workdir) -> None:
+    """Two attempts: 100 s of steps in each stage, half of the last stage's to be trained again."""
+    seconds = dict.fromkeys(PARTS, 0.0) | {"step": 100.0, "compile": 20.0, "data": 5.0}
+    lines = [{"kind": "attempt", "time": 1e9, "stage": STAGES[0][0], "step": 0}]
+    for place, (stage, _) in enumerate(STAGES):
+        lines += [{"kind": "window", "time": 1e9 + 125 * (place + 1), "stage": stage,
+                   "step": 6 * place + 6, "steps": 6, "seconds": seconds}]  # fmt: skip
+    lines += [{"kind": "attempt", "time": 1e9 + 425, "stage": STAGES[-1][0], "step": 15}]
+    (workdir / "times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 class Page(HTMLParser):
     """Tags, attributes, text per tag, and whether every element is closed."""
 
@@ -115,6 +127,7 @@ def html(tmp_path_factory) -> str:
     workdir = tmp_path_factory.mktemp("run")
     write_log(workdir, synthetic_records())
     (workdir / "samples.json").write_text(json.dumps([SAMPLE]))
+    write_times(workdir)
     return write_report(workdir).read_text()
 
 
@@ -171,6 +184,16 @@ def test_every_plot_is_there_in_both_widths_with_its_own_ids(html):
         assert stage in html
 
 
+def test_the_page_says_where_the_time_went(html):
+    text = Page(html).text
+    # 250 of 425 s: three stages of 100 s in steps, half of the last trained again, 50 s stopped.
+    assert "58.8 %" in text and "of 7.08 min in steps that count" in text
+    bars = html[html.index("Where the time went") :]
+    for part in (*PARTS, *LOST_PARTS, "whole run", "2.08 min", "2.92 min", "share of wall time"):
+        assert f">{part}</text>" in bars
+    assert "100 % = TPU v5e data sheet" in html
+
+
 def test_colours_follow_the_theme(html):
     assert "#0a0b0" not in html and "#0b0c0" not in html and "var(--loop-8)" in html
     assert "prefers-color-scheme: dark" in html
@@ -181,14 +204,15 @@ def test_a_run_that_just_began_says_what_is_missing(tmp_path):
     text = Page(write_report(tmp_path).read_text()).text
     assert "not finished" in text and "in stable_1a, 0 of 1 stages done" in text
     assert "No held-out text was measured yet." in text and "No samples were written" in text
-    assert text.count("Left out: no training steps were logged yet.") == len(PLOTS) - 1
+    assert text.count("Left out: no training steps were logged yet.") == len(PLOTS) - 2
+    assert "Left out: no times were logged yet." in text and "Goodput" not in text.split("Where")[0]
 
 
 def test_nulls_and_a_single_step_still_draw(tmp_path):
     records = synthetic_records()[:2]
     records[1] |= {"loss_per_loop": [None] * 8, "mean_depth": None}
     write_log(tmp_path, records)
-    assert write_report(tmp_path).read_text().count("<svg") == 2 * len(PLOTS) - 2
+    assert write_report(tmp_path).read_text().count("<svg") == 2 * (len(PLOTS) - 2)
 
 
 def test_an_empty_log_and_a_broken_side_file_are_named(tmp_path):
