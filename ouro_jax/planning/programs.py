@@ -177,7 +177,7 @@ def compile_request(request: Request, folder: Path) -> dict[str, Any]:
 
 def refusal(message: str) -> dict[str, Any]:
     """Why the compiler refused: the first lines, and the bytes needed if memory was short."""
-    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    used = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])", message)
     needed = float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1) if used else None
     reason = " ".join(message.split("\n\n")[0].split())
     return {"reason": reason[:600], "peak_bytes": needed}
