@@ -1,14 +1,13 @@
 """HBM of a training step by kind, per chip.
 
-What the state takes is exact, from its shardings; what one microbatch keeps for its backward pass
-follows from the layout by the formulas here; the rest of the compiler's peak is temporaries.
+What the state takes is exact, from its shardings. What a microbatch adds follows from the layout,
+at the fuller of two moments: while logits are worked on, or in the backward pass of the last loop.
+The rest of the compiler's peak is temporaries.
 
-b rows and l = L / context positions of a chip's microbatch, D model width, H heads, G KV heads,
-K head width, F MLP width, V vocabulary, T loops, N layers; weights are split over `tensor`, and
-outside the step's loops over `fsdp` too.
+S = b · l · D elements: the states of a chip's microbatch, b rows and l = L / context positions;
+D model width, H heads, G KV heads, K head width, F MLP width, V vocabulary, P parameters, T loops,
+N layers. What `tensor` splits is divided by it.
 """
-
-import math
 
 from ouro_jax.config import GATE_OBJECTIVES, ModelConfig, num_parameters
 from ouro_jax.training.layout import Layout
@@ -26,22 +25,15 @@ def memory_by_kind(
     optimizer_bytes: int,
     peak_bytes: int,
 ) -> dict[str, int]:
-    """Bytes of one chip: the kinds, which add up to `peak` unless the formulas overstate.
+    """Bytes of one chip at the peak, by kind.
 
     Args:
       parameter_bytes, optimizer_bytes: of the state on one chip, from its shardings.
       peak_bytes: the compiler's peak. `temporaries` is what it leaves, at least 0; `overstated`
         is by how much the other kinds exceed it (buffers that the compiler shares).
     """
-    trains = objective not in GATE_OBJECTIVES
-    kinds = {
-        "parameters": parameter_bytes,
-        "optimizer": optimizer_bytes,
-        "gathered": gathered_bytes(model, layout),
-        "gradients": gradient_bytes(model, layout, parameter_bytes) if trains else 0,
-        "activations": activation_bytes(model, sequence_length, layout) if trains else 0,
-        "logits": logits_bytes(model, sequence_length, layout),
-    }
+    held = held_bytes(model, sequence_length, layout, objective, parameter_bytes)
+    kinds = {"parameters": parameter_bytes, "optimizer": optimizer_bytes} | held
     known = sum(kinds.values())
     return kinds | {
         "temporaries": max(0, peak_bytes - known),
@@ -50,61 +42,61 @@ def memory_by_kind(
     }
 
 
+def held_bytes(
+    model: ModelConfig, sequence_length: int, layout: Layout, objective: str, parameter_bytes: int
+) -> dict[str, int]:
+    """What one microbatch adds to the state at the fuller moment, with bytes i per element:
+
+                   logits                              backward pass
+      gathered     i · P under `once`, else i · D · V  i · P under `once`
+      gradients    sums, and 4 · D · V of the head     sums, and the microbatch's own
+      activations  2T · i · S, and what is kept        T · i · S, what is kept, one loop's layers
+      logits       2 · 4 · min(b · l, 1024) · V        –
+
+    Sums over microbatches are 4 · P under `once`, the microbatch's own i · P; under `each_loop`
+    both lie like the parameters. For what is kept see `_kept`. Nothing but states and a chunk's
+    logits where only the gate is trained.
+    """
+    item, once = ITEM_BYTES[model.dtype], layout.gather == "once"
+    whole, head = (
+        size // layout.mesh.tensor
+        for size in (num_parameters(model), model.hidden_size * model.vocab_size)
+    )
+    tokens = chip_tokens(sequence_length, layout)
+    states = item * model.num_loops * tokens * model.hidden_size
+    logits = 4 * min(tokens, CHUNK_TOKENS) * model.vocab_size // layout.mesh.tensor
+    readout = {"gathered": item * (whole if once else head), "gradients": 0,
+               "activations": states, "logits": logits}  # fmt: skip
+    if objective in GATE_OBJECTIVES:
+        return readout
+    sums, own = (4 * whole, item * whole) if once else (parameter_bytes, parameter_bytes)
+    for_all, for_one = (item * tokens * elements for elements in _kept(model, layout))
+    readout |= {"gradients": sums + 4 * head, "activations": 2 * states + for_all,
+                "logits": 2 * logits}  # fmt: skip
+    backward = {"gathered": item * whole if once else 0, "gradients": sums + own,
+                "activations": states + for_all + for_one, "logits": 0}  # fmt: skip
+    return max(readout, backward, key=lambda kinds: sum(kinds.values()))
+
+
 def chip_tokens(sequence_length: int, layout: Layout) -> int:
     """b · l: tokens of a microbatch on one chip."""
     return layout.microbatch_rows * sequence_length // layout.mesh.context
 
 
-def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
-    """Whole weights, in the compute dtype, that are kept beside the chip's own part.
+def _kept(model: ModelConfig, layout: Layout) -> tuple[int, int]:
+    """Elements a token that all loops keep for the backward pass, and those of the loop in work.
 
-    All of them under `once`, else the head for its chunks.
+    layer           T · N · D               –                  what enters each layer
+    loop_and_layer  T · D                   N · D              what enters each loop
+    …_dots          (2D + (H+2G)K + 2F) a layer more           the results of its products
+    none            T · N of that and 4D + 2HK + 2F            what lies between them too
     """
-    once = layout.gather == "once"
-    whole = num_parameters(model) if once else model.hidden_size * model.vocab_size
-    return ITEM_BYTES[model.dtype] * whole // layout.mesh.tensor if layout.mesh.fsdp > 1 else 0
-
-
-def gradient_bytes(model: ModelConfig, layout: Layout, parameter_bytes: int) -> int:
-    """Float32 sums over microbatches, the microbatch's gradient, the head's sum over chunks.
-
-    The first two are laid out like the parameters under `each_loop`; under `once` they are whole
-    until the one reduction at the end, the microbatch's in the compute dtype.
-    """
-    head = 4 * model.hidden_size * model.vocab_size // layout.mesh.tensor
-    if layout.gather == "each_loop":
-        return 2 * parameter_bytes + head
-    sums = (4 + ITEM_BYTES[model.dtype]) * num_parameters(model) // layout.mesh.tensor
-    return sums + head
-
-
-def activation_bytes(model: ModelConfig, sequence_length: int, layout: Layout) -> int:
-    """What one microbatch keeps for its backward pass: T loops' states and their gradients, and
-
-    layer              T · N · b · l · D: what enters each layer
-    layer_dots         that and the results of its products, T · N · b · l · (2D + (H+2G)K + 2F)
-    none               that and what lies between them, T · N · b · l · (4D + 2HK + 2F) more
-    loop_and_layer…    (T + N) · b · l · D: what enters each loop, and the layers of one loop
-                       (`_dots`: with their products)
-    """
-    width, heads = model.hidden_size, model.num_heads * model.head_dim
-    groups = model.num_kv_heads * model.head_dim
-    # What lies between split products is split over `tensor` with them; states are not.
-    products = 2 * width + (heads + 2 * groups + 2 * model.intermediate_size) / layout.mesh.tensor
-    between = 4 * width + 2 * (heads + model.intermediate_size) / layout.mesh.tensor
-    kept = {"none": width + products + between}.get(layout.remat, width)
-    if layout.remat.endswith("dots"):
-        kept += products
-    loops = model.num_loops
+    width, tensor = model.hidden_size, layout.mesh.tensor
+    heads, groups = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    products = 2 * width + (heads + 2 * groups + 2 * model.intermediate_size) // tensor
+    between = 4 * width + 2 * (heads + model.intermediate_size) // tensor
+    layer = {"none": width + products + between}.get(layout.remat, width)
+    layer += products if layout.remat.endswith("dots") else 0
     if layout.remat.startswith("loop_and_layer"):
-        layers = loops * width + model.num_layers * kept
-    else:
-        layers = loops * model.num_layers * kept
-    elements = chip_tokens(sequence_length, layout) * (2 * loops * width + layers)
-    return math.ceil(ITEM_BYTES[model.dtype] * elements)
-
-
-def logits_bytes(model: ModelConfig, sequence_length: int, layout: Layout) -> int:
-    """A chunk's logits and their gradient, float32: 2 · min(b · l, 1024) · V."""
-    tokens = min(chip_tokens(sequence_length, layout), CHUNK_TOKENS)
-    return 2 * 4 * tokens * model.vocab_size // layout.mesh.tensor
+        return model.num_loops * width, model.num_layers * layer
+    return model.num_loops * model.num_layers * layer, 0
