@@ -89,32 +89,31 @@ def hbm_bytes_per_step(
     """Bytes that one chip reads and writes in HBM for a step, by the formulas below.
 
     `state_bytes`: parameters and moments of the chip, 12 bytes a parameter. Each product reads
-    its operands and writes its result once, elementwise work is fused into them. Passes over the
-    layers: forward, what remat repeats, and the backward pass, which counts twice.
+    its operands and writes its result once; elementwise work is fused into them, and nothing
+    stays in fast memory from one product to the next.
     """
-    tokens = chip_tokens(sequence_length, layout)
-    tensor, width = layout.mesh.tensor, model.hidden_size
-    head = width * model.vocab_size // tensor
-    item, trains = ITEM_BYTES[model.dtype], objective not in GATE_OBJECTIVES
-    layers = model.num_loops * model.num_layers
-    forward = 1 + (RECOMPUTED[layout.remat][0] if trains else 0)
-
-    weights = num_parameters(model) // tensor - 2 * head
-    per_loop = item * weights / model.num_layers * (forward + (3 if trains else 0))
-    activations = item * _layer_elements(model) / tensor * (forward + (2 if trains else 0))
-    # A chunk reads the head for logits, again for their gradient, once for the state's; it adds
-    # to the head's float32 gradient. Its float32 logits are written and read once a product.
+    tokens, tensor = chip_tokens(sequence_length, layout), layout.mesh.tensor
+    head = model.hidden_size * model.vocab_size // tensor
+    whole, item = num_parameters(model) // tensor, ITEM_BYTES[model.dtype]
+    weights = (whole - 2 * head) / model.num_layers
     chunks = model.num_loops * max(1, tokens / CHUNK_TOKENS)
+    # Float32 logits, written once and read once for each product.
     logits = 2 * 4 * model.num_loops * tokens * model.vocab_size / tensor
-    readout = chunks * head * (3 * item + 8 if trains else item) + logits * (3 if trains else 1)
-    # Sums of gradients: read and written in float32, the microbatch's read.
-    whole = num_parameters(model) / tensor
-    split = 1 if layout.gather == "once" else layout.mesh.fsdp
-    sums = (8 + item) * whole / split if trains else 0
-    microbatch = layers * (per_loop + tokens * activations) + readout + sums
+    elements = tokens * _layer_elements(model) / tensor
+    layers = model.num_loops * model.num_layers
+    if objective in GATE_OBJECTIVES:
+        forward = item * (layers * (weights + elements) + chunks * head) + logits
+        return num_microbatches * forward
+    again = RECOMPUTED[layout.remat][0]
+    # Forward, again, backward; weights are read once a pass and their gradient written and read,
+    # the backward pass of activations counts twice.
+    passes = item * layers * ((4 + again) * weights + (3 + again) * elements)
+    # A chunk reads the head for logits, again, and for the states' gradient; its own part of the
+    # head's gradient goes into a float32 sum. So does the microbatch's gradient of everything.
+    readout = chunks * head * (3 * item + 8) + 3 * logits
+    sums = (8 + item) * whole / (1 if layout.gather == "once" else layout.mesh.fsdp)
     # AdamW reads the gradient, the parameter and its moments, and writes the last three.
-    optimizer = (2 + 1 / 3) * state_bytes if trains else 0
-    return num_microbatches * microbatch + optimizer
+    return num_microbatches * (passes + readout + sums) + 28 / 12 * state_bytes
 
 
 def _layer_elements(model: ModelConfig) -> int:
