@@ -211,6 +211,9 @@ def test_a_limit_carried_through_an_outer_loop():
     text = program(calls, loop("compare(%i, %limit), direction=LT") + outer)
     assert [(found.trips, found.depth) for found in loops(text)] == [(4, 0), (6, 1)]
     assert [row.trips for row in collectives(text, MESH)] == [24]
+    # A limit that grows from one outer iteration to the next is none.
+    grows = text.replace("get-tuple-element(%w.o), index=2", "add(%limit.o, %one.o)")
+    assert [(found.trips, found.depth) for found in loops(grows)] == [(4, 0), (None, 1)]
 
 
 def test_a_stated_trip_count_is_taken():
