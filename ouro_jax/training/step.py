@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from ouro_jax.config import ModelConfig, OptimizerConfig, parse_prior
 from ouro_jax.data.batch import Batch
@@ -120,10 +121,8 @@ def _summed_once(spec: StepSpec, params: Any, batch: Batch, inputs: StepInputs):
 
     def own_rows(params, batch, inputs):
         whole = jax.tree.map(functools.partial(_gather, spec.model.dtype), params, specs)
-        # The head's gradient is summed over chunks in the head's own dtype.
-        head = jax.tree.map(lambda kernel: kernel.astype(jnp.float32), whole["lm_head"])
         # Without a barrier the compiler may sink the gathers back into the loops.
-        whole = jax.lax.optimization_barrier({**whole, "lm_head": head})
+        whole = jax.lax.optimization_barrier(whole)
         gradients, sums = _summed(spec, whole, batch, inputs)
         gradients = jax.tree.map(_reduce, gradients, trained_part(specs, spec.objective))
         return gradients, jax.lax.psum(sums, MANUAL_AXES)
@@ -134,7 +133,7 @@ def _summed_once(spec: StepSpec, params: Any, batch: Batch, inputs: StepInputs):
     return run(params, batch, inputs)
 
 
-def _gather(dtype: str, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _gather(dtype: DTypeLike, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The whole of a parameter, in the compute dtype if `fsdp` splits it; others are small."""
     if "fsdp" not in spec:
         return leaf
@@ -181,8 +180,7 @@ def _token_losses(states_TBLD: jax.Array, params: Any, batch: Batch) -> jax.Arra
         return cross_entropy(states_TBLD, head_DV, batch.targets_BL, CHUNK_TOKENS)
 
     def own_rows(states_TBLD, head_DV, targets_BL):
-        dtype = states_TBLD.dtype
-        head_DV = _gather(dtype, head_DV, PartitionSpec("fsdp", None)).astype(jnp.float32)
+        head_DV = _gather(states_TBLD.dtype, head_DV, PartitionSpec("fsdp", None))
         return cross_entropy(states_TBLD, head_DV, targets_BL, CHUNK_TOKENS)
 
     rows = PartitionSpec(BATCH_AXES, "context")
