@@ -18,6 +18,7 @@ from ouro_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    ProfileConfig,
     Stage,
     check_transition,
     from_config_dict,
@@ -122,6 +123,8 @@ def test_a_wrong_stage_names_the_key_the_value_and_what_is_expected(changes, wor
         ({"evaluation": EvaluationConfig(num_loops=0)}, ["evaluation.num_loops = 0"]),
         ({"evaluation": EvaluationConfig(rows_per_source=0)}, ["evaluation.rows_per_source = 0"]),
         ({"logging": LoggingConfig(every_steps=0)}, ["logging.every_steps = 0", "at least 1"]),
+        ({"profile": ProfileConfig(start_step=-1)}, ["profile.start_step = -1", "0 (no trace)"]),
+        ({"profile": ProfileConfig(num_steps=0)}, ["profile.num_steps = 0", "at least 1"]),
         (
             {"optimizer": OptimizerConfig(clip_norm=0.0)},
             ["optimizer.clip_norm = 0.0", "more than 0"],

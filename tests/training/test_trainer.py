@@ -26,6 +26,7 @@ from ouro_jax.training.checkpoints import StageCheckpoints, load_params, load_po
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.run_log import read_log
 from ouro_jax.training.state import StateFactory
+from ouro_jax.training.timing import goodput, read_times, time_spent
 from ouro_jax.training.transitions import upcycle
 
 # The batch ramp of stable_1a: 4 steps of half a batch, then 14 whole ones.
@@ -139,6 +140,30 @@ def test_a_killed_run_repeated_ends_bit_for_bit_as_an_uninterrupted_one(
                 if record["kind"] == "heldout"] for path in (workdir, finished)]  # fmt: skip
     assert heldout[0] == heldout[1] and len(heldout[0]) == 9
     assert restarts(workdir) == restarts(finished)
+    goodput_counts_the_lost_steps(read_times(workdir), saved.step, last_step)
+
+
+def goodput_counts_the_lost_steps(lines: list[dict], saved: int, killed: int) -> None:
+    begun = [line for line in lines if line["kind"] == "attempt"]
+    assert [(line["stage"], line["step"]) for line in begun] == [
+        ("stable_1a", 0), ("stable_1b", saved)
+    ]  # fmt: skip
+    first, second = lines[: lines.index(begun[1])], lines[lines.index(begun[1]) :]
+    *_, last = (line for line in first if line["kind"] == "window")
+    assert last["step"] >= killed
+    for attempt, cached in ((first, [False, False, False]), (second, [True, True])):
+        compiled = [line["from_cache"] for line in attempt if line["kind"] == "compile"]
+        assert compiled == cached
+    spent = time_spent(lines)
+    wall = sum(sum(parts.values()) for parts in spent.values())
+    assert wall == pytest.approx(lines[-2]["time"] - lines[0]["time"], abs=0.1)
+    # A record was logged at every step, so what was lost are whole windows.
+    lost = [line["seconds"]["step"] for line in first if line.get("step", 0) > saved
+            and line["kind"] == "window"]  # fmt: skip
+    assert spent["stable_1b"]["repeated"] == pytest.approx(sum(lost)) and len(lost) > 0
+    assert spent["stable_1b"]["stopped"] == begun[1]["time"] - last["time"] > 0
+    kept = [line["seconds"]["step"] for line in (*first, *second) if line["kind"] == "window"]
+    assert goodput(spent) == pytest.approx(100 * (sum(kept) - sum(lost)) / wall)
 
 
 def test_a_finished_run_repeated_says_so_and_trains_nothing(config_file, finished):
