@@ -78,7 +78,8 @@ def program_text(request: Request, cache: Path) -> str:
 
 def folder_of(request: Request, cache: Path) -> Path:
     """Where the result of `request` lies, or will lie: by a hash of all that decides it."""
-    text = repr((request, _code(), _versions()))
+    settings = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    text = repr((request, _code(), _versions(), settings))
     return cache / hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

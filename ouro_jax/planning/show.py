@@ -16,9 +16,9 @@ def verdict(row: Row) -> str:
     name = f"{row['stage']}, {row['program']}, on {row['topology']}"
     capacity = f"{row['hbm_capacity_gib']:.2f} GiB of a {row['chip']}"
     if row["fits"]:
-        return f"{name}: fits; {row['hbm_gib']:.2f} of {capacity}."
-    needed = f" It needs at least {row['hbm_gib']:.2f} of {capacity}." if row["hbm_gib"] else ""
-    return f"{name}: does not fit.{needed}\n{row['reason']}"
+        return f"{name}: fits, with {row['hbm_gib']:.3g} of the {capacity}."
+    needed = f" It needs {row['hbm_gib']:.2f} or more." if row["hbm_gib"] else ""
+    return f"{name}: does not fit the {capacity}.{needed}\n{row['reason']}"
 
 
 def layout_text(row: Row) -> str:
@@ -54,7 +54,7 @@ def details(row: Row) -> list[Any]:
     """Memory, times and transfers of one program that fits."""
     memory = _table("HBM of a chip", "kind", size="GiB")
     for kind, size in row["hbm_by_kind_gib"].items():
-        memory.add_row(kind, f"{size:.2f}")
+        memory.add_row(kind, f"{size:.3g}")
     tokens = f" of {row['tokens_per_step']:,} tokens" if "tokens_per_step" in row else ""
     times = _table(f"a step{tokens}, at least", "resource", time="s", of="")
     amounts = {
@@ -64,7 +64,7 @@ def details(row: Row) -> list[Any]:
     }
     for resource, name in RESOURCES.items():
         times.add_row(name, f"{row['seconds'][resource]:.4g}", amounts.get(resource, ""))
-    moved = _table("what chips exchange in a step", "kind", "axes", times="count × trips",
+    moved = _table("transfers of a step: instructions × executions", "kind", "axes", times="",
                    payload="MB", total="GB")  # fmt: skip
     for part in row["collectives"][:COLLECTIVES_SHOWN]:
         moved.add_row(
