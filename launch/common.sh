@@ -72,7 +72,7 @@ needs() {
   local option
   for option in "${@:2}"; do [[ -n ${!option} ]] || fail "--$option is missing"; done
   $dry_run || command -v "$1" >/dev/null || fail "$1: not found on the PATH"
-  [[ -n ${array:-} ]] || ((${#command[@]})) ||
+  ((${#command[@]})) ||
     fail "nothing to run; expected e.g. train --config=configs/tiny.py --workdir=runs/tiny"
 }
 

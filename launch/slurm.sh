@@ -7,7 +7,7 @@
 #
 #   --nodes=1 --gpus=8  nodes, and GPUs of each; --gpus=0: a process a node, on its CPU
 #   --sbatch='FLAGS'    flags of sbatch
-#   --array=FILE        an array job: a task for each line of FILE, which says VERB --flag=value …
+#   --array=0,2-4       an array job of these tasks; %a in the command is a task's number
 #   --logs=DIR          DIR/job_ID.log, DIR/NODE_PROCESS.log; of an array DIR/TASK/NODE_PROCESS.log
 #
 # Within an allocation (salloc, or the job that it submits) it runs, again after a crash. The job is
@@ -18,16 +18,14 @@
 nodes=1 gpus=8 sbatch="" array=""
 parse "nodes gpus sbatch array" "$@"
 whole_numbers nodes gpus
-[[ -z $array || -s $array ]] || fail "--array=$array: no such file, or empty"
-[[ -z $array ]] || ((${#command[@]} == 0)) || fail "--array says what to run: leave out ${command[*]}"
 
 submit() {
   local inside=("$root/launch/slurm.sh" "--name=$name" "--logs=$logs" "--attempts=$attempts"
-    "--pause=$pause" ${cache:+"--cache=$cache"} ${array:+"--array=$array"} -- "${command[@]}")
+    "--pause=$pause" ${cache:+"--cache=$cache"} -- "${command[@]}")
   local flags=("--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$((gpus ? gpus : 1))"
     "--output=$logs/job_%j.log" --open-mode=append --requeue --signal=B:USR1@120)
   if ((gpus)); then flags+=("--gpus-per-node=$gpus"); fi
-  if [[ -n $array ]]; then flags+=("--array=0-$(($(wc -l <"$array") - 1))"); fi
+  if [[ -n $array ]]; then flags+=("--array=$array"); fi
   local more
   read -ra more <<<"$sbatch"
   run mkdir -p "$logs"
@@ -55,11 +53,10 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   submit
   exit
 fi
-if [[ -n $array ]]; then
-  eval "command=($(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$array"))"
-  logs+=/$SLURM_ARRAY_TASK_ID
-fi
 needs srun
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  command=("${command[@]//%a/$SLURM_ARRAY_TASK_ID}") logs+=/$SLURM_ARRAY_TASK_ID
+fi
 export JAX_COMPILATION_CACHE_DIR=${cache:-${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/ouro_jax}}
 # srun does not take it from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi

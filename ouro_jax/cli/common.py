@@ -42,11 +42,13 @@ def required(name: str, example: str) -> str:
     return value
 
 
-def run_verb(main: Callable[[], Mapping[str, Any] | None], module: str) -> None:
+def run_verb(
+    main: Callable[..., Mapping[str, Any] | None], module: str, max_words: int = 0
+) -> None:
     """Parses the command line, runs `main`, and leaves the process with the right code.
 
-    `main` returns what `--json` prints. `module` is the verb's `__name__`; its docstring is the
-    help.
+    `main` gets what is no flag, at most `max_words`, and returns what `--json` prints. `module` is
+    the verb's `__name__`; its docstring is the help.
     """
     if module not in ("__main__", sys.argv[0]):
         sys.argv[0] = module
@@ -58,8 +60,7 @@ def run_verb(main: Callable[[], Mapping[str, Any] | None], module: str) -> None:
     # Orbax and jax report their own progress at INFO; a run shows its own.
     logging.set_verbosity(logging.ERROR)
     try:
-        _parse(sys.argv)
-        result = main()
+        result = main(*_parse(sys.argv, max_words))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -74,10 +75,12 @@ def run_verb(main: Callable[[], Mapping[str, Any] | None], module: str) -> None:
     sys.exit(0)
 
 
-def _parse(argv: list[str]) -> None:
+def _parse(argv: list[str], max_words: int) -> list[str]:
+    """Sets the flags; returns the words that are none."""
     known = _dotted_keys(_config_of(argv)) if "config" in FLAGS else []
+    FLAGS.set_gnu_getopt(True)  # flags may follow words
     try:
-        surplus = FLAGS(argv)[1:]
+        words = FLAGS(argv)[1:]
     except flags.Error as error:
         hint = ""
         if "invalid literal for int()" in str(error):
@@ -85,8 +88,9 @@ def _parse(argv: list[str]) -> None:
         raise ConfigError(f"{error}{hint}") from error
     except (AttributeError, KeyError) as error:
         raise ConfigError(_unknown_key(argv, known, error)) from error
-    if surplus:
-        raise ConfigError(f"{surplus[0]!r}: expected flags only, as in --name=value.")
+    if len(words) > max_words:
+        raise ConfigError(f"{words[max_words]!r}: expected flags only, as in --name=value.")
+    return words
 
 
 def _config_of(argv: list[str]) -> Mapping[str, Any]:
@@ -98,18 +102,26 @@ def _config_of(argv: list[str]) -> Mapping[str, Any]:
     values += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
     if not values:
         return {}
-    path, _, variant = values[-1].partition(":")
+    return call_file(values[-1], "get_config", "--config", "configs/tiny.py")
+
+
+def call_file(name: str, function: str, flag: str, example: str) -> Any:
+    """What `function` of the file `name` returns; FILE.py:VARIANT gives it the variant.
+
+    A ConfigError names `flag`, and a file to look at, if there is no such file or function.
+    """
+    path, _, variant = name.partition(":")
     if not Path(path).is_file():
-        raise ConfigError(f"--config={path}: no such file; e.g. --config=configs/tiny.py")
+        raise ConfigError(f"{flag}={path}: no such file; e.g. {flag}={example}")
     try:
-        get_config = runpy.run_path(path)["get_config"]
-        return get_config(variant) if variant else get_config()
+        get = runpy.run_path(path)[function]
+        return get(variant) if variant else get()
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"--config={path}: not a readable config file ({type(error).__name__}: {error}); "
-            "expected Python with a function get_config, as in configs/tiny.py."
+            f"{flag}={path}: not a readable config file ({type(error).__name__}: {error}); "
+            f"expected Python with a function {function}, as in {example}."
         ) from error
 
 

@@ -20,7 +20,6 @@ that was killed is continued by repeating it. On more than one machine: `--beam=
 import dataclasses
 import os
 import shlex
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,7 +72,7 @@ flags.DEFINE_integer("first_row", 0, "With --config: the row of the stage to cou
 define_config()
 
 
-def main(action: str, directory: str) -> Mapping[str, Any]:
+def main(action: str = "", directory: str = "") -> Mapping[str, Any]:
     """The verb: `action`, and for verify and inspect the folder of rows that came after it."""
     require_choice(action, ACTIONS, "ouro data")
     return ACTIONS[action](directory)
@@ -245,12 +244,8 @@ ACTIONS: Mapping[str, Callable[[str], Mapping[str, Any]]] = {
 
 
 def run() -> None:
-    """Takes the action and the folder off the command line, parses flags and runs the verb."""
-    words = []
-    while len(words) < 2 and len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        words.append(sys.argv.pop(1))
-    action, directory = [*words, "", ""][:2]
-    run_verb(lambda: main(action, directory), __name__)
+    """Parses flags and runs the verb."""
+    run_verb(main, __name__, max_words=2)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ VERBS = {
     "generate": "text from a checkpoint, with the exit depth of every token",
     "convert": "Hugging Face checkpoints in and out",
     "plan": "compile for a pod that is not there: does it fit, what does it cost, what bounds it",
+    "sweep": "many runs of one config: run or submit them, and compare what came of it",
     "report": "one page of pictures and tables from what a run wrote",
 }
 

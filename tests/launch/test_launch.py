@@ -158,19 +158,13 @@ def test_slurm_queues_the_job_again_when_its_time_is_over(fakes):
     assert fakes.calls("scontrol") == ["requeue 9"]
 
 
-def test_slurm_arrays_take_a_line_each(fakes):
-    lines = ["train --workdir=a", "train --workdir='b c' --config.x=2"]
-    folder = fakes.folder / "sweep"
-    folder.mkdir()
-    (folder / "commands").write_text("\n".join(lines) + "\n")
-    result = fakes.launch("slurm", "--gpus=0", "--array=sweep/commands", "--cache=/cache")
+def test_slurm_arrays_tell_the_command_their_number(fakes):
+    options = ["--gpus=0", "--array=0,3", "--name=many", "--cache=/cache"]
+    result = fakes.launch("slurm", *options, "sweep", "a b.py", "--run=%a")
     assert result.returncode == 0, result.stderr
-    assert fakes.calls("ouro") == ["train --workdir=a /cache",
-                                   "train --workdir=b c --config.x=2 /cache"]  # fmt: skip
-    assert "--array=0-1" in fakes.calls("sbatch")[0]
-    assert "says train" in (fakes.folder / "logs/ouro/1/node0_0.log").read_text()
-    result = fakes.launch("slurm", "--array=sweep/nothing")
-    assert result.returncode == 2 and "no such file" in result.stderr
+    assert fakes.calls("ouro") == ["sweep a b.py --run=0 /cache", "sweep a b.py --run=3 /cache"]
+    assert "--array=0,3" in fakes.calls("sbatch")[0]
+    assert "says sweep" in (fakes.folder / "logs/many/3/node0_0.log").read_text()
 
 
 def states(fakes, *states):
