@@ -85,7 +85,7 @@ def test_kinds_add_up_to_the_peak_or_say_by_how_much_they_do_not():
 
 @pytest.mark.parametrize(
     "gather, remat, peak_gib",
-    [("each_loop", "layer", 5.38), ("each_loop", "loop_and_layer", 2.38),
+    [("each_loop", "layer", 5.38), ("each_loop", "loop_and_layer", 3.47),
      ("once", "loop_and_layer", 12.8)],
 )  # fmt: skip
 def test_most_of_a_compiled_peak_is_explained(gather, remat, peak_gib):
