@@ -146,16 +146,17 @@ def attempt(at: float, step: int, stage: str = "stable_1a") -> dict:
     return {"kind": "attempt", "time": at, "stage": stage, "step": step}
 
 
-# Killed after step 20, five seconds after its last word, and again; each continues from step 15.
+# Killed five seconds after its last word and continued from step 15, then killed again and
+# continued from step 10, the checkpoint of 15 lost.
 LINES = [
     attempt(1000, 0),
     {"kind": "compile", "stage": "stable_1a", "step": 1, "seconds": 6.0, "from_cache": False},
-    window(1020, 10, 10, compile=6, step=10, other=4),
-    window(1030, 20, 10, step=8, checkpoint=2),
+    window(1015, 8, 8, compile=6, step=8, other=1),
+    window(1030, 18, 10, step=10, checkpoint=5),
     attempt(1035, 15),
     window(1050, 18, 3, compile=5, step=3, other=7),
-    attempt(1070, 15),
-    window(1085, 20, 5, step=5, other=10),
+    attempt(1070, 10),
+    window(1085, 20, 10, step=5, other=10),
     window(1086, 20, 0, checkpoint=1),
     window(1096, 30, 10, "gate", step=9, data=1),
 ]
@@ -165,15 +166,15 @@ def test_goodput_by_hand_over_two_kills():
     spent = time_spent(LINES)
     nothing = dict.fromkeys((*PARTS, *LOST_PARTS), 0.0)
     assert spent == {
-        # Of the second window, steps 11 to 15 of 11 to 20 were kept; of the second attempt none.
+        # Of the second window, steps 9 and 10 of 9 to 18 were kept; of the second attempt none.
         "stable_1a": nothing | {
-            "compile": 11.0, "step": 10 + 4 + 5.0, "checkpoint": 3.0, "other": 21.0,
-            "repeated": 4 + 3.0, "stopped": 5 + 20.0,
+            "compile": 11.0, "step": 8 + 2 + 5.0, "checkpoint": 6.0, "other": 18.0,
+            "repeated": 8 + 3.0, "stopped": 5 + 20.0,
         },
         "gate": nothing | {"step": 9.0, "data": 1.0},
     }  # fmt: skip
     assert sum(sum(seconds.values()) for seconds in spent.values()) == 1096 - 1000
-    assert goodput(spent) == pytest.approx(100 * 28 / 96)
+    assert goodput(spent) == pytest.approx(100 * 24 / 96)
     assert goodput({}) is None and time_spent([]) == {}
 
 
@@ -196,6 +197,13 @@ def test_every_attempt_appends(tmp_path):
     assert [line["kind"] for line in lines] == ["attempt", "window", "end"] * 2
     assert [line.get("step") for line in lines] == [0, 5, None, 5, 10, None]
     assert [line["steps"] for line in lines if line["kind"] == "window"] == [5, 5]
+
+
+def test_a_run_that_fails_has_not_come_to_its_end(tmp_path):
+    with pytest.raises(FloatingPointError), RunTimes(tmp_path) as times:
+        times.start("gate", 0)
+        raise FloatingPointError
+    assert [line["kind"] for line in read_times(tmp_path)] == ["attempt"]
 
 
 def test_a_run_that_trains_nothing_and_other_processes_write_nothing(tmp_path):
