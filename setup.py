@@ -26,7 +26,10 @@ CORE = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # libtpu: run on TPU, and compile for one without it
     "gpu": ["jax[cuda12]>=0.10.2,<0.13"],  # run on NVIDIA GPUs
-    "plan-gpu": ["jax-cuda12-plugin>=0.10.2,<0.13"],  # compile for NVIDIA GPUs without one
+    "plan-gpu": [
+        "jax-cuda12-plugin>=0.10.2,<0.13",  # compile for NVIDIA GPUs without one
+        "nvidia-cudnn-cu12>=9.8,<10",  # whose version flash attention asks for when compiled
+    ],
     "eval": ["lm-eval>=0.4.11"],  # standard benchmarks
     "interop": ["transformers>=4.56,<5", "torch>=2.6"],  # to compare with the published code
     "data": [

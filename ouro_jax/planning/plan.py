@@ -63,7 +63,7 @@ def answer_request(
 
 def describe(config: Config, name: str, request: Request, result: Row, cache: Path) -> Row:
     """The row of stage `name` from what came of compiling its request."""
-    capacity, peak = CHIPS[request.topology.kind].hbm_bytes, result["peak_bytes"]
+    peak = result["peak_bytes"]
     row = {
         "request": request,
         "stage": name,
@@ -73,7 +73,7 @@ def describe(config: Config, name: str, request: Request, result: Row, cache: Pa
         "fits": result["fits"],
         "reason": result.get("reason"),
         "hbm_gib": peak and peak / GIB,
-        "hbm_capacity_gib": capacity / GIB,
+        "hbm_capacity_gib": request.topology.granted_bytes / GIB,
         "flops_per_step": None,
         "collective_gb": None,
         "mfu_bound": None,

@@ -26,6 +26,7 @@ from ouro_jax.data.batch import Batch
 from ouro_jax.inference.decode import Program, Rows, cast_params, decode, prefill
 from ouro_jax.inference.sampling import Sampling
 from ouro_jax.model.cache import empty_cache
+from ouro_jax.parallel.chips import GIB
 from ouro_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, use_mesh
 from ouro_jax.planning.topologies import Topology, devices
 from ouro_jax.training.layout import Layout
@@ -164,9 +165,13 @@ def compile_request(request: Request, folder: Path) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     with gzip.open(folder / "hlo.txt.gz", "wt", compresslevel=3) as file:
         file.write(compiled.as_text())
+    peak, granted = memory.peak_memory_in_bytes, request.topology.granted_bytes
+    # TPU's compiler refuses such a program itself.
+    reason = f"The peak is {peak / GIB:.2f} GiB." if peak > granted else None
     return known | {
-        "fits": True,
-        "peak_bytes": memory.peak_memory_in_bytes,
+        "fits": reason is None,
+        "reason": reason,
+        "peak_bytes": peak,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,

@@ -48,6 +48,12 @@ class Topology:
         return self.num_chips * (2 if self.kind == "tpu7x" else 1)
 
     @property
+    def granted_bytes(self) -> int:
+        """Memory of a device that a program may take."""
+        memory = CHIPS[self.kind].hbm_bytes
+        return int(GPU_SHARE * memory) if self.is_gpu else memory
+
+    @property
     def name(self) -> str:
         """As it is written on the command line, the number of slices in front."""
         slices = f"{self.num_slices} × " if self.num_slices > 1 else ""
@@ -70,6 +76,9 @@ def grids(kind: str) -> list[tuple[int, ...]]:
     return [(count,) for count in GPUS_PER_NODE]
 
 
+# Of a GPU's memory: as XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 (the default is 0.75); CUDA and NCCL
+# have the rest. XLA compiles programs for GPUs that exceed it.
+GPU_SHARE = 0.9
 # What XLA wants to know of a GPU that is not there (CUDA's tables for compute capability 9.0).
 HOPPER = """
 gpu_device_info {{
