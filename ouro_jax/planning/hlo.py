@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from ouro_jax.config import RunError
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -38,7 +40,7 @@ _MESH_GROUPS = re.compile(
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
-class HloError(ValueError):
+class HloError(RunError):
     """The text holds something that this reader does not know; it says so and does not guess."""
 
 
