@@ -8,7 +8,6 @@ that service to run.
 """
 
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -184,12 +183,12 @@ class RunTimes:
     @contextlib.contextmanager
     def program(self, stage: str, step: int) -> Iterator[None]:
         """Around the call of a compiled step: says so if the call compiled it."""
-        before = copy.copy(compilations())
+        count = compilations()
+        before, hits = count.seconds, count.cache_hits
         yield
-        seconds = compilations().seconds - before.seconds
+        seconds, cached = count.seconds - before, count.cache_hits > hits
         if seconds > 0:
             self.steps.pause()
-            cached = compilations().cache_hits > before.cache_hits
             self._write("compile", stage=stage, step=step, seconds=seconds, from_cache=cached)
             how = "compiled in" if not cached else "compiled before, read from the cache in"
             self._tell(f"{stage}: step {step:,} {how} {seconds:.1f} s.")
