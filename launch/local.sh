@@ -41,7 +41,8 @@ together() {
     groups+=("-$!")
   done
   for ((number = 0; number < processes && code == 0; number++)); do wait -n || code=$?; done
-  if ((code)); then end KILL; fi
+  # The others notice, and say so in their logs, within a second or two.
+  if ((code)); then sleep "$((pause < 5 ? pause : 5))" && end KILL; fi
   return "$code"
 }
 

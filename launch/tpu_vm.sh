@@ -33,9 +33,9 @@ create() {
 # uv brings Python 3.11 where the TPU's image has an older one.
 install() {
   local archive=${TMPDIR:-/tmp}/ouro_jax.tar.gz setup
-  setup="flock -n ouro.lock true || exit 0; mkdir -p ouro_jax && tar xzf ouro_jax.tar.gz -C ouro_jax
+  setup="flock -n ouro.lock rm -f ouro.code || exit 0; mkdir -p ouro_jax && tar xzf ouro_jax.tar.gz -C ouro_jax
 cd ouro_jax && export PATH=~/.local/bin:\$PATH && python3 -m pip install -q --user uv &&
-uv venv -q --clear --python=3.11 .venv && uv pip install -q -e '.[tpu]'"
+uv venv -q --clear --python=3.11 .venv && uv pip install -q -e '.[tpu]' gcsfs"
   if [[ -n $share ]]; then
     setup+=" && { mountpoint -q /shared || { sudo apt-get install -qy nfs-common &&
 sudo mkdir -p /shared && sudo mount -t nfs $(quoted "$share") /shared; }; }"
@@ -49,18 +49,19 @@ sudo mkdir -p /shared && sudo mount -t nfs $(quoted "$share") /shared; }; }"
 start() {
   local inside=(launch/local.sh "--attempts=$attempts" "--pause=$pause" --logs=logs
     ${cache:+"--cache=$cache"} -- "${command[@]}") line
-  line="rm -f ../ouro.code; $(quoted "${inside[@]}"); echo \$? >../ouro.code"
+  line="$(quoted "${inside[@]}"); echo \$? >../ouro.code"
   workers "cd ouro_jax; nohup flock -n ../ouro.lock bash -c $(quoted "$line") >/dev/null 2>&1 </dev/null &"
 }
 
-# Until the last worker has ended; a wrong config on one ends it on all.
+# Until the last worker has ended; a wrong config on one ends it on all. One that holds no lock and
+# has left no code was killed.
 watch() {
   local codes
   while [[ $(state) == ACTIVE ]]; do
     sleep "$pause"
-    codes=$(workers 'flock -n ouro.lock echo "code $(cat ouro.code)" || echo running') || continue
-    if grep -qx 'code 2' <<<"$codes"; then workers 'fuser -sk ouro.lock; true' && return 2; fi
-    grep -q running <<<"$codes" || return "$(sort -nk2 <<<"$codes" | tail -1 | cut -d' ' -f2)"
+    codes=$(workers 'flock -n ouro.lock sh -c "cat ouro.code || echo 1" || echo running') || continue
+    if grep -qx 2 <<<"$codes"; then workers 'fuser -sk ouro.lock; true' && return 2; fi
+    grep -q running <<<"$codes" || return "$(sort -n <<<"$codes" | tail -1)"
   done
   return 1
 }

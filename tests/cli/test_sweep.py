@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from fake_programs import Fakes
-from micro_run import ROOT, command, micro_config, ouro, write_config
+from micro_run import BATCH, ROOT, command, micro_config, ouro, write_config
 
 from ouro_jax.config import DataConfig
 from ouro_jax.training.run_log import read_log
@@ -26,8 +26,9 @@ def sweep(tmp_path_factory):
     """A sweep file of three short runs."""
     folder = tmp_path_factory.mktemp("sweep")
     config = micro_config(folder / "data")
-    stages = {"stable_1a": config.stages["stable_1a"]}
-    config = dataclasses.replace(config, stages=stages)
+    stage = dataclasses.replace(config.stages["stable_1a"], tokens=4 * BATCH, warmup_tokens=BATCH)
+    evaluation = dataclasses.replace(config.evaluation, num_loops=2, ngram_baselines=False)
+    config = dataclasses.replace(config, stages={"stable_1a": stage}, evaluation=evaluation)
     root = str(prepare_data(config))
     config = dataclasses.replace(config, data=DataConfig(root=root))
     base = write_config(folder / "base.py", config)

