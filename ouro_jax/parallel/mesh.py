@@ -38,8 +38,6 @@ LOGICAL_AXIS_RULES = (
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
 )
-
-
 # Where every device sees its own rows, only what `tensor` splits is left to the compiler.
 MANUAL_AXES = (*BATCH_AXES, "context")
 MANUAL_RULES = tuple(
@@ -48,27 +46,34 @@ MANUAL_RULES = tuple(
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config` over all devices; axes set to 0 become 1, but `slice` what the devices
-    are and `data` what is left.
+    """The mesh of `config` over all devices; axes set to 0 as in `complete_axes`.
 
     Raises ConfigError when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    sizes["slice"] = sizes["slice"] or num_slices(devices)
-    fixed = math.prod(size for size in sizes.values() if size)
-    if not sizes["data"]:
-        sizes["data"] = max(1, len(devices) // fixed)
-    sizes = {axis: size or 1 for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
-        shape = " × ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-        raise ConfigError(
-            f"{shape} = {math.prod(sizes.values())} devices, but {len(devices)} are here. "
-            "Change the axes, or leave mesh.data unset to have it chosen."
-        )
+    sizes = dataclasses.astuple(complete_axes(config, len(devices), num_slices(devices)))
     # Auto axes: under Explicit ones, logical constraints raise instead of constraining.
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return Mesh(_arranged(tuple(sizes.values()), devices), MESH_AXES, axis_types=types)
+    return Mesh(_arranged(sizes, devices), MESH_AXES, axis_types=types)
+
+
+def complete_axes(config: MeshConfig, num_devices: int, slices: int = 1) -> MeshConfig:
+    """`config` with every axis set: `slice` to the slices there are, `data` to what is left.
+
+    Raises ConfigError when the axes do not multiply to the number of devices.
+    """
+    sizes = dataclasses.asdict(config)
+    sizes["slice"] = sizes["slice"] or slices
+    fixed = math.prod(size for size in sizes.values() if size)
+    sizes["data"] = sizes["data"] or max(1, num_devices // fixed)
+    sizes = {axis: size or 1 for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != num_devices:
+        shape = " × ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        raise ConfigError(
+            f"{shape} = {math.prod(sizes.values())} devices, but {num_devices} are here. "
+            "Change the axes, or leave mesh.data unset to have it chosen."
+        )
+    return MeshConfig(**sizes)
 
 
 def num_slices(devices: Sequence[Any]) -> int:
@@ -87,8 +92,8 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         )
     if slices > 1 and devices[0].platform == "tpu":
         raise ConfigError(
-            f"mesh.slice = {shape[0]}: the devices are {slices} slices; set it to {slices}, or leave "
-            "it unset."
+            f"mesh.slice = {shape[0]}: the devices are {slices} slices; set it to {slices}, or "
+            "leave it unset."
         )
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
@@ -130,20 +135,20 @@ def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> C
     )  # fmt: skip
 
 
-def check_model_fits(model: ModelConfig, sequence_length: int, mesh: Mesh, key: str) -> None:
+def check_divides(model: ModelConfig, sequence_length: int, mesh: MeshConfig, key: str) -> None:
     """Raises a ConfigError that names the size in the stage `key` which a mesh axis does not
     divide."""
     sizes = dataclasses.asdict(model) | {"sequence_length": sequence_length}
-    for mesh_axis, names in (
+    for axis, names in (
         ("tensor", ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")),
         ("fsdp", ("hidden_size",)),
         ("context", ("sequence_length",)),
     ):
-        parts = mesh.shape[mesh_axis]
+        parts = getattr(mesh, axis)
         for name in names:
             if sizes[name] % parts:
                 raise ConfigError(
-                    f"mesh.{mesh_axis} = {parts} does not divide {name} = {sizes[name]} of {key}; "
+                    f"mesh.{axis} = {parts} does not divide {name} = {sizes[name]} of {key}; "
                     "choose a divisor."
                 )
 

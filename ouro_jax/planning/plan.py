@@ -1,21 +1,21 @@
 """What a stage, or an answer, costs on a topology: facts of the compiled program, as plain data."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
-from ouro_jax.config import GATE_OBJECTIVES, Config, MeshConfig
+from ouro_jax.config import GATE_OBJECTIVES, Config
 from ouro_jax.model.flops import forward_flops_per_token, hardware_flops_per_token, head_flops
 from ouro_jax.parallel.chips import CHIPS, GIB
 from ouro_jax.planning.compile import program_text
 from ouro_jax.planning.hlo import collectives
-from ouro_jax.planning.memory import memory_by_kind
 from ouro_jax.planning.programs import Request
 from ouro_jax.planning.roofline import hbm_bytes_per_step, roofline
 from ouro_jax.planning.topologies import Topology
-from ouro_jax.training.curriculum import StagePlan, microbatch_rows
+from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.layout import Layout
+from ouro_jax.training.layout_choice import candidates
+from ouro_jax.training.memory import memory_by_kind
 
 Row = dict[str, Any]
 """What `ouro plan --json` prints of one program, and its `request`."""
@@ -23,28 +23,15 @@ Row = dict[str, Any]
 
 def stage_layouts(config: Config, name: str, topology: Topology) -> list[Layout]:
     """Layouts of stage `name` on `topology`, the one that a run would choose first."""
-    sizes = dataclasses.asdict(config.mesh)
-    sizes["slice"] = sizes["slice"] or topology.num_slices
-    others = math.prod(size or 1 for axis, size in sizes.items() if axis != "data")
-    sizes["data"] = sizes["data"] or topology.num_devices // others
-    mesh = MeshConfig(**{axis: size or 1 for axis, size in sizes.items()})
-    shards = mesh.slice * mesh.data * mesh.fsdp
-    plan = StagePlan(name, config.stages[name])
-    rows = microbatch_rows(plan, shards, config.layout.microbatch_rows) // shards
-    gather, remat = config.layout.gather, config.layout.remat
-    return [
-        Layout(
-            mesh, "each_loop" if gather == "auto" else gather,
-            "layer" if remat == "auto" else remat, rows,
-        )
-    ]  # fmt: skip
+    chip = CHIPS[topology.kind]
+    return candidates(config, name, topology.num_devices, topology.num_slices, chip)
 
 
 def stage_request(config: Config, name: str, topology: Topology, layout: Layout) -> Request:
     """The train step of stage `name` at its full batch."""
-    stage, mesh = config.stages[name], layout.mesh
+    stage = config.stages[name]
     rows = StagePlan(name, stage).batch_sizes()[-1]
-    microbatches = rows // (mesh.slice * mesh.data * mesh.fsdp * layout.microbatch_rows)
+    microbatches = rows // (layout.batch_shards * layout.microbatch_rows)
     return Request(
         "train", topology, config.stage_model(name), stage.sequence_length, microbatches,
         config.optimizer, stage.objective, stage.prior, layout,

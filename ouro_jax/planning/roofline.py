@@ -11,8 +11,8 @@ from ouro_jax.config import GATE_OBJECTIVES, ModelConfig, num_parameters
 from ouro_jax.model.flops import RECOMPUTED
 from ouro_jax.parallel.chips import Chip
 from ouro_jax.planning.hlo import Collective
-from ouro_jax.planning.memory import ITEM_BYTES, chip_tokens
 from ouro_jax.training.layout import Layout
+from ouro_jax.training.memory import ITEM_BYTES, chip_tokens
 from ouro_jax.training.step import CHUNK_TOKENS
 
 

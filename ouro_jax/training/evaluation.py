@@ -12,6 +12,7 @@ from ouro_jax.config import Config
 from ouro_jax.data.batch import Batch
 from ouro_jax.data.mixture import heldout_batches, list_sources
 from ouro_jax.data.ngram import evaluate_ngrams, fit_ngrams
+from ouro_jax.parallel.host_rows import data_host, place
 from ouro_jax.parallel.mesh import batch_sharding, batch_shards
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.stage_rows import open_stage_mixture
@@ -36,14 +37,14 @@ def evaluate(
     run = compiled_evaluation(spec.model, spec.mesh, loops)
     shards = batch_shards(spec.mesh)
     batch_rows = shards * max(1, EVALUATION_TOKENS // length // shards)
-    sharding = batch_sharding(spec.mesh, microbatched=False)
+    sharding, host = batch_sharding(spec.mesh, microbatched=False), data_host(spec.mesh)
     rope_theta = jax.device_put(np.float32(plan.stage.rope_theta))
     for source in heldout_sources(config, root, length):
         totals, num_bytes = None, 0
         rows = config.evaluation.rows_per_source
         for batch, bytes_of_batch in heldout_batches(root, source, length, batch_rows, rows):
             # Every host reads the whole batch and gives its own rows.
-            own = jax.tree.map(lambda x_BL: x_BL[jax.process_index() :: jax.process_count()], batch)
+            own = jax.tree.map(lambda x_BL: x_BL[host.index :: host.count], batch)
             sums = run(params, place(own, sharding), rope_theta)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
             num_bytes += bytes_of_batch
@@ -65,13 +66,6 @@ def _record(source: str, sums: Any, num_bytes: int, trained_loops: int) -> dict[
         "num_tokens": int(sums.num_tokens),
         "num_bytes": num_bytes,
     }
-
-
-def place(batch: Batch, sharding: jax.sharding.NamedSharding) -> Batch:
-    """This process's part of a batch as arrays over the whole mesh."""
-    return jax.tree.map(
-        lambda local: jax.make_array_from_process_local_data(sharding, local), batch
-    )
 
 
 def ngram_baselines(config: Config, root: epath.Path) -> Iterator[dict[str, Any]]:

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from ouro_jax.config import Config, ModelConfig, Stage, to_dict
 from ouro_jax.parallel.devices import memory_use, peak_flops
+from ouro_jax.parallel.host_rows import data_host, place
 from ouro_jax.parallel.mesh import batch_sharding, batch_shards
 from ouro_jax.training.checkpoints import Position, StageCheckpoints
 from ouro_jax.training.curriculum import StagePlan
-from ouro_jax.training.evaluation import evaluate, place
+from ouro_jax.training.evaluation import evaluate
 from ouro_jax.training.layout import Layout
 from ouro_jax.training.profiling import Profiler
 from ouro_jax.training.progress import Progress
@@ -81,10 +82,10 @@ class StageRun:
             plan.name, plan.total_rows * length,
             done_tokens=self.position.rows * length, tokens_after=self.context.tokens_after,
         )  # fmt: skip
+        host = data_host(self.context.mesh)
         batches = self.mixture.batches(
-            self.position.rows, plan.batch_rows,
-            host=jax.process_index(), num_hosts=jax.process_count(),
-        )  # fmt: skip
+            self.position.rows, plan.batch_rows, host=host.index, num_hosts=host.count
+        )
         with contextlib.closing(batches), self.times.split("step"):
             for start, batch in self._awaited(batches):
                 self._profile()

@@ -16,7 +16,7 @@ from ouro_jax.parallel.mesh import make_mesh, use_mesh
 from ouro_jax.training.checkpoints import StageCheckpoints, stage_steps
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.evaluation import ngram_baselines
-from ouro_jax.training.layout import choose_layout
+from ouro_jax.training.layout_choice import choose_layout
 from ouro_jax.training.profiling import Profiler
 from ouro_jax.training.progress import Progress
 from ouro_jax.training.run_log import RunLog
