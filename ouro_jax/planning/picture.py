@@ -27,10 +27,11 @@ def draw_bars(rows: Sequence[Row], labels: Sequence[str], title: str, path: Path
             if bounds:
                 note = f" {seconds:.3g} s, at most {100 * row['mfu_bound']:.0f} % MFU"
                 axes.text(seconds, y, note, va="center", fontsize=9)
-    axes.set_yticks(range(len(rows)), labels)
-    axes.invert_yaxis()
-    axes.margins(x=0.25)
-    axes.set_xlim(left=0)
+    axes.set_yticks(range(len(rows)), [label.replace(", ", "\n", 1) for label in labels])
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    # Room for the note beside the longest bar.
+    longest = max((max(row["seconds"].values()) for row in rows if row["fits"]), default=1.0)
+    axes.set_xlim(0, 1.35 * longest)
     axes.set_xlabel("seconds of a step, at least")
     axes.set_title(title, loc="left", fontsize=12)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -39,7 +40,5 @@ def draw_bars(rows: Sequence[Row], labels: Sequence[str], title: str, path: Path
     axes.set_axisbelow(True)
     for resource, name in RESOURCES.items():
         axes.barh(0, 0, color=COLOURS[resource], label=name)
-    axes.legend(
-        frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.6 / (1 + len(rows)))
-    )
+    figure.legend(frameon=False, ncols=4, loc="outside lower center")
     figure.savefig(path, dpi=150)
