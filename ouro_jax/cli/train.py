@@ -3,12 +3,18 @@
   ouro train --config=configs/tiny.py --workdir=runs/tiny
   ouro train --config=configs/ouro_1p4b.py --dry_run
   ouro train --config=configs/tiny.py --workdir=runs/long --config.stages.anneal.tokens=500_000
+  ouro train … --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0
 
 Repeating the command continues a run that was stopped. `--dry_run` prints the curriculum as
 tables, with what each source contributes and how many epochs that is, and needs no workdir, data
 or tokenizer: what a source holds is read from its manifest, else from `data.source_tokens`.
+
+Several processes, one to a host or GPU, run the same command with the same shared workdir. Under
+SLURM (`srun`) and on TPU pods they find each other, elsewhere by the three flags of the last
+example.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,15 +23,19 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ouro_jax.cli.common import FLAGS, config_from_flags, define_config, required, run_verb
-from ouro_jax.config import Config
+from ouro_jax.config import Config, ConfigError
 from ouro_jax.training.dry_run import describe
 
 define_config()
 flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, log, report.")
 flags.DEFINE_bool("dry_run", False, "Print the curriculum and leave.")
+flags.DEFINE_string("coordinator", "", "HOST:PORT where process 0 of several is found.")
+flags.DEFINE_integer("num_processes", 0, "How many processes train together.")
+flags.DEFINE_integer("process_id", 0, "Which of them this is, from 0.")
+flags.DEFINE_enum("distributed", "auto", ["auto", "off"], "off: alone, whatever SLURM or TPU say.")
 
 
-def main() -> Mapping[str, Any]:
+def main() -> Mapping[str, Any] | None:
     """The verb."""
     config = config_from_flags()
     if FLAGS.dry_run:
@@ -34,14 +44,47 @@ def main() -> Mapping[str, Any]:
         Console(width=160, soft_wrap=True).print(*curriculum_tables(config, stages), sep="\n")
         return {"name": config.name, "stages": stages}
     workdir = required("workdir", "runs/tiny")
+    place = place_from_flags()
     # Loading jax and the data libraries takes seconds; a wrong flag should not wait for them.
+    import jax
+
+    from ouro_jax.parallel.hosts import joined
     from ouro_jax.reporting.tables import heldout_table
     from ouro_jax.training.run_log import read_log
     from ouro_jax.training.trainer import train
 
-    result = train(config, workdir)
-    Console().print(heldout_table(read_log(workdir)))
-    return result
+    with joined(*place, detect=FLAGS.distributed == "auto"):
+        result = train(config, workdir)
+        if jax.process_index() > 0:
+            return None
+        Console().print(heldout_table(read_log(workdir)))
+        return result
+
+
+def place_from_flags() -> tuple[str, int, int]:
+    """`--coordinator`, `--num_processes` and `--process_id`: all of them or none."""
+    names = ("coordinator", "num_processes", "process_id")
+    values = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+    coordinator, processes, process = values
+    missing = [name for name in names if not FLAGS[name].present]
+    if len(missing) == len(names):
+        return values
+    if missing:
+        raise ConfigError(
+            f"--{missing[0]} is missing: several processes take all of --coordinator=HOST:PORT "
+            "--num_processes=N --process_id=I; one process takes none of them."
+        )
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise ConfigError(
+            f"--coordinator={coordinator}: expected HOST:PORT, process 0's host and a free port "
+            "there, e.g. --coordinator=10.0.0.1:8476"
+        )
+    if not 0 <= process < processes:
+        raise ConfigError(
+            f"--process_id={process} with --num_processes={processes}: expected 0 … "
+            "num_processes - 1."
+        )
+    return values
 
 
 def curriculum_tables(config: Config, stages: list[dict[str, Any]]) -> list[Table]:

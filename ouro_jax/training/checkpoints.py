@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ouro_jax.config import STAGE_ORDER, ConfigError, ModelConfig, to_dict
+from ouro_jax.parallel.hosts import barrier, from_first
 from ouro_jax.training.state import TrainState, abstract_params
 
 # 2: every stage goes on in its sources where the one before stopped, and may skip rows.
@@ -79,13 +80,14 @@ class StageCheckpoints:
         self._manager.save(position.step, args=args, force=True)
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk; raises what went wrong on the way."""
+        """Returns when what all processes saved is on disk; raises what went wrong on the way."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
+        barrier(f"{self.directory.name} saved")
 
     def latest(self) -> Position | None:
-        """The position of the newest whole checkpoint, or None."""
-        step = self._manager.latest_step()
+        """The position of the newest whole checkpoint that process 0 sees, or None."""
+        step = from_first(f"newest step of {self.directory.name}", self._manager.latest_step())
         return None if step is None else _read_position(self.directory / str(step))
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:

@@ -25,7 +25,8 @@ NOT_SCALARS = frozenset({"time", "step", "tokens", "trained_loops", "num_tokens"
 
 
 class RunLog:
-    """Writes the records of a run in `workdir`; with `enabled` False (processes 1, …) only reads.
+    """Writes the records of a run in `workdir`; with `enabled` False (processes 1, …) does
+    nothing.
 
     Continues a log that is there, less a last line torn by a kill. `wandb_project` names the
     Weights & Biases project to mirror to; empty means none.
@@ -82,8 +83,8 @@ class RunLog:
         self._file = self._path.open("a", encoding="utf-8")
 
     def records(self) -> list[dict[str, Any]]:
-        """What the log holds so far; empty for a new run."""
-        return read_log(self.workdir) if self._path.exists() else []
+        """What the log holds so far; empty for a new run, and where it is not enabled."""
+        return read_log(self.workdir) if self._enabled and self._path.exists() else []
 
     def close(self) -> None:
         """Flushes and closes the file and its mirrors."""

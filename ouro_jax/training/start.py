@@ -132,9 +132,10 @@ def state_from(
 
 
 def _from_stage(folder: Path, config: Config, mesh: Mesh) -> tuple[Position, TrainState]:
-    before = load_position(folder)
-    factory = StateFactory(before.model, config.optimizer, before.objective, mesh)
     with StageCheckpoints(folder, read_only=True) as checkpoints:
+        before = checkpoints.latest()
+        assert before is not None, "latest_stage refuses a folder without a checkpoint"
+        factory = StateFactory(before.model, config.optimizer, before.objective, mesh)
         if checkpoints.has_optimizer(before.step):
             return before, checkpoints.restore(factory.abstract(), before.step)
         params = checkpoints.restore_params(factory.abstract().params, before.step)
@@ -143,11 +144,14 @@ def _from_stage(folder: Path, config: Config, mesh: Mesh) -> tuple[Position, Tra
 
 def _from_huggingface(folder: str | Path, config: Config, mesh: Mesh) -> tuple[Position, Any]:
     factory = StateFactory(_huggingface_config(folder), config.optimizer, "expected", mesh)
-    layout = flatten_dict(factory.shardings().params)
+    layout: Any = flatten_dict(factory.shardings().params)
 
     def place(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
-        # Training keeps float32 parameters whatever the file holds.
-        return jax.device_put(leaf.astype(np.float32), layout[path])
+        # Training keeps float32 parameters whatever the file holds. Of every process each device
+        # takes its own part: device_put would compare the whole leaf among all processes.
+        return jax.make_array_from_callback(
+            leaf.shape, layout[path], lambda index: leaf[index].astype(np.float32)
+        )
 
     model, params = load_huggingface(folder, place)
     position = Position("", 0, 0, 0, model, "expected", config.seed)

@@ -12,6 +12,7 @@ from etils import epath
 from ouro_jax.config import Config, ConfigError, to_dict
 from ouro_jax.data.embedded import SOURCES, build_embedded
 from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
+from ouro_jax.parallel.hosts import barrier, require_same, require_shared
 from ouro_jax.parallel.mesh import make_mesh, use_mesh
 from ouro_jax.training.checkpoints import StageCheckpoints, stage_steps
 from ouro_jax.training.curriculum import StagePlan
@@ -38,9 +39,10 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Runs or continues the whole stream of stages; returns what `ouro train --json` prints.
 
     Everything that can be wrong with the config, the data or `init_from` is a ConfigError before
-    the first compilation.
+    the first compilation. Every process of the run calls this; the first one alone writes the log.
     """
     workdir = Path(workdir)
+    require_same("config", to_dict(config) | {"version of jax": jax.__version__})
     stages = _plan_stages(config)
     data_root = _check(config, workdir)
     is_first = jax.process_index() == 0
@@ -79,13 +81,18 @@ def _check(config: Config, workdir: Path) -> epath.Path:
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir}: this is a file; name a folder.")
     check_start(config, workdir)
+    is_first = jax.process_index() == 0
+    if is_first:
+        prepare_data(config)
+    barrier("data prepared")
     data_root = prepare_data(config)
     for name, stage in config.stream():
         open_stage_mixture(config, data_root, StagePlan(name, stage))
     _check_tokenizer(config, data_root)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    (workdir / "tokenizer.json").write_bytes((data_root / "tokenizer.json").read_bytes())
+    require_shared(workdir)
+    if is_first:
+        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        (workdir / "tokenizer.json").write_bytes((data_root / "tokenizer.json").read_bytes())
     return data_root
 
 
@@ -118,9 +125,11 @@ def _finish(run: RunContext) -> dict[str, Any]:
     with StageCheckpoints(run.workdir / run.config.stream()[-1][0], read_only=True) as checkpoints:
         position = checkpoints.latest()
     assert position is not None, "the last stage has just been trained"
-    if run.config.evaluation.ngram_baselines and not is_logged(run.log, "finished", position):
+    wanted = run.config.evaluation.ngram_baselines and jax.process_index() == 0
+    if wanted and not is_logged(run.log, "finished", position):
         for record in ngram_baselines(run.config, run.data_root):
             run.log.write(record | {"step": position.step})
+    barrier("baselines", timeout=3600)
     log_once(run.log, "finished", position)
     return {
         "workdir": str(run.workdir),
