@@ -32,20 +32,12 @@ submit() {
   run sbatch "${flags[@]}" "${more[@]}" "--wrap=exec $(quoted "${inside[@]}")"
 }
 
-# srun returns the highest code, and those it ends because one failed have higher ones: the first
-# process to fail leaves its own in a file.
+# The processes of a run end together, whatever one of them fails of; srun ends what is left of them
+# two minutes after the first. A trap waits for a command, but not for `wait`.
 step() {
-  local first=$logs/first_code_$SLURM_JOB_ID code
-  srun --kill-on-bad-exit=1 "--output=$logs/%N_%t.log" --open-mode=append bash -c '
-    ouro "${@:2}" && exit
-    code=$?
-    (set -C; echo $code >"$1") 2>/dev/null
-    exit $code' bash "$first" "${command[@]}" &
+  srun --kill-on-bad-exit=0 --wait=120 "--output=$logs/%N_%t.log" --open-mode=append \
+    ouro "${command[@]}" &
   wait $!
-  code=$?
-  if ((code)) && [[ -s $first ]]; then code=$(<"$first"); fi
-  rm -f "$first"
-  return "$code"
 }
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then

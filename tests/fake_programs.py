@@ -27,18 +27,17 @@ for flag in "$@"; do
     --wrap=*) line=${flag#*=} ;;
   esac
 done
-export SLURM_JOB_ID=71 SLURM_NNODES=$nodes SLURM_NTASKS_PER_NODE=$tasks
+export SLURM_JOB_ID=$RANDOM SLURM_NNODES=$nodes SLURM_NTASKS_PER_NODE=$tasks
 export SLURM_NTASKS=$((nodes * tasks)) SLURM_JOB_NODELIST=localhost
 if [[ -z ${array:-} ]]; then sh -c "$line"; exit; fi
 for task in ${array//,/ }; do
-  SLURM_ARRAY_TASK_ID=$task SLURM_JOB_ID=$((71 + task)) sh -c "$line" || code=$?
+  SLURM_ARRAY_TASK_ID=$task sh -c "$line" || code=$?
 done
 exit "${code:-0}"
 """
 
-# The tasks of a step; the first to fail ends the others, and the highest code is the step's.
+# The tasks of a step, whose code is the highest of theirs.
 SRUN = """
-set -m
 while [[ $1 == --* ]]; do
   if [[ $1 == --output=* ]]; then output=${1#*=}; fi
   shift
@@ -48,12 +47,10 @@ for ((task = 0; task < SLURM_NTASKS; task++)); do
   node=$((task / SLURM_NTASKS_PER_NODE)) file=${output/\\%N/node$((task / SLURM_NTASKS_PER_NODE))}
   SLURM_PROCID=$task SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) SLURM_NODEID=$node \\
     "$@" >>"${file/\\%t/$task}" 2>&1 &
-  groups+=("-$!")
 done
 worst=0
 for ((task = 0; task < SLURM_NTASKS; task++)); do
-  wait -n || { code=$? && kill -KILL -- "${groups[@]}" 2>/dev/null; }
-  if ((${code:-0} > worst)); then worst=$code; fi
+  wait -n || { code=$? && worst=$((code > worst ? code : worst)); }
 done
 exit $worst
 """
