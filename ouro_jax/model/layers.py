@@ -54,12 +54,17 @@ def project(equation: str, x: jax.Array, kernel: jax.Array, dtype: DTypeLike) ->
     of that a transposed copy of the cotangent (the widest array of the layer) and a product at
     half speed: 1.6 s of a training step of 7.8 s. Reverse mode only.
     """
+    return _product(equation, x, kernel, dtype)
+
+
+def _product(equation, x, kernel, dtype):
     precision = matmul_precision(x.dtype)
     return jnp.einsum(equation, x, kernel, precision=precision, preferred_element_type=dtype)
 
 
 def _project_forward(equation, x, kernel, dtype):
-    return project(equation, x, kernel, dtype), (x, kernel)
+    # The product itself: a remat policy cannot see it behind `project`, and would not keep it.
+    return _product(equation, x, kernel, dtype), (x, kernel)
 
 
 def _project_backward(equation, dtype, saved, cotangent):

@@ -103,7 +103,11 @@ def product_flops(jaxpr) -> int:
     return total
 
 
-@pytest.mark.parametrize("remat, again", [("none", 0), ("layer", 1), ("loop_and_layer", 2)])
+@pytest.mark.parametrize(
+    "remat, again",
+    [("none", 0), ("layer", 1), ("layer_dots", 1), ("loop_and_layer", 2),
+     ("loop_and_layer_dots", 2)],
+)  # fmt: skip
 def test_hardware_flops_are_the_products_of_the_traced_step(remat, again):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     spec = StepSpec(MODEL, OptimizerConfig(), "expected", "uniform", remat, "each_loop", mesh)
