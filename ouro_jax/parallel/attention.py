@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask
 from jax.sharding import Mesh, PartitionSpec
@@ -98,11 +99,17 @@ def _on_each_device(kernel: Kernel, context: int, q_BLHK, k_BLGK, v_BLGK, segmen
 
 def _gather(context: int, x_BL):
     """All of the row in its own order: chunks 0 … C-1 come first, the others last one first."""
-    x_BS = jax.lax.all_gather(x_BL, "context", axis=1, tiled=True)
-    batch, length, *rest = x_BS.shape
-    chunks = x_BS.reshape(batch, context, 2, length // (2 * context), *rest)
-    ordered = jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1)
-    return ordered.reshape(x_BS.shape)
+
+    def length_outermost(x):
+        # In memory: of 4096 columns a shard and more, TPU else makes an all-reduce of the whole
+        # row, twice the bytes, of the gradient's reduce-scatter.
+        return with_layout_constraint(x, Layout((1, 0, *range(2, x.ndim))))
+
+    gathered = jax.lax.all_gather(length_outermost(x_BL), "context", axis=1, tiled=True)
+    batch, length, *rest = gathered.shape
+    chunk_shape = (batch, context, 2, length // (2 * context), *rest)
+    chunks = length_outermost(gathered).reshape(chunk_shape)
+    return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(gathered.shape)
 
 
 def _visible(rows_CL, k_BSGK, ids_BL, ids_BS, shard):

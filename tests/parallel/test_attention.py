@@ -204,8 +204,9 @@ def test_attention_compiles_for_tpu():
         [sys.executable, str(child)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines()[-4:]:
-        report = json.loads(line)
+    reports = [json.loads(line) for line in done.stdout.splitlines()[-4:]]
+    for report in reports:
         # Forward, gradient of keys and values, gradient of queries.
         assert report["pallas_calls"] == (3 if report["head_dim"] == 128 else 0), report
-        assert report["reduce_scatters"] == 2, report
+    # Of arrays of 32 MiB; what is smaller, the compiler adds in other ways.
+    assert [report["reduce_scatters"] for report in reports[:2]] == [2, 2], reports
