@@ -101,8 +101,8 @@ def _gather(context: int, x_BL):
     """All of the row in its own order: chunks 0 … C-1 come first, the others last one first."""
 
     def length_outermost(x):
-        # In memory: of 4096 columns a shard and more, TPU else makes an all-reduce of the whole
-        # row, twice the bytes, of the gradient's reduce-scatter.
+        # In memory: of long rows (seen with 16K over two shards) TPU otherwise makes the
+        # gradient's reduce-scatter an all-reduce, which moves twice the bytes.
         return with_layout_constraint(x, Layout((1, 0, *range(2, x.ndim))))
 
     gathered = jax.lax.all_gather(length_outermost(x_BL), "context", axis=1, tiled=True)
