@@ -21,7 +21,10 @@
 image="" type=tpu-v5p-slice topology=4x4x4 chips=4 slices=1 claim="" xpk=""
 parse "image type topology chips slices claim xpk" "$@"
 whole_numbers chips slices
-name=$(tr '[:upper:]_.=,' '[:lower:]-' <<<"$name") # as Kubernetes has them
+name=$(tr '[:upper:]_.' '[:lower:]-' <<<"$name")
+# XPK's limit; Kubernetes' own is a little longer.
+[[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+  fail "--name=$name: expected at most 40 of a-z, 0-9 and -, a letter first"
 inside=(launch/local.sh --attempts=1)
 
 if [[ -n $xpk ]]; then

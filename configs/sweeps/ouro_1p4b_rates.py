@@ -3,8 +3,8 @@
   ouro sweep configs/sweeps/ouro_1p4b_rates.py --workdir=/shared/rates \\
       --submit='slurm --nodes=4 --gpus=8 --sbatch=--partition=gpu'
 
-Needs what `configs/ouro_1p4b.py` needs. 2.2e21 FLOPs a run. The paper trained stable_1a with 3e-4
-and β = 0.1, and later stages with β = 0.05.
+Needs what `configs/ouro_1p4b.py` needs. 1.5e21 FLOPs a run: 26 hours on 32 H100s at half of their
+peak. The paper trained stable_1a with 3e-4 and β = 0.1, and later stages with β = 0.05.
 """
 
 import dataclasses

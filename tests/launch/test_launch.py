@@ -65,6 +65,8 @@ def test_what_a_launcher_needs_is_asked_for(fakes):
         assert result.returncode == 2 and error in result.stderr
     result = fakes.launch("gke", *NEEDED["gke"], "--topology=3x3", *RUN)
     assert result.returncode == 2 and "--chips=4 does not divide the chips of 3x3" in result.stderr
+    result = fakes.launch("gke", *NEEDED["gke"], "--name=1,2", *RUN)
+    assert result.returncode == 2 and "--name=1,2: expected at most 40 of" in result.stderr
     for program in ("dirname", "awk", "basename", "bash"):
         (fakes.folder / program).symlink_to(shutil.which(program))
     fakes.env["PATH"] = str(fakes.folder)

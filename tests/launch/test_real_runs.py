@@ -1,0 +1,86 @@
+"""Launchers with the real `ouro train`: two processes over loopback, SLURM simulated."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from micro_run import BATCH, ROOT, micro_config, write_config
+
+from ouro_jax.config import DataConfig
+from ouro_jax.training.run_log import read_log
+from ouro_jax.training.trainer import prepare_data
+
+STEPS, EVERY = 80, 20
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config file of one stage, saved every twenty steps."""
+    folder = tmp_path_factory.mktemp("config")
+    config = micro_config(folder / "data")
+    stage = dataclasses.replace(config.stages["stable_1a"], tokens=STEPS * BATCH, batch_ramp=())
+    config = dataclasses.replace(
+        config,
+        stages={"stable_1a": stage},
+        data=DataConfig(root=str(prepare_data(config))),
+        checkpoint=dataclasses.replace(config.checkpoint, every_tokens=EVERY * BATCH),
+        evaluation=dataclasses.replace(config.evaluation, ngram_baselines=False),
+    )
+    return write_config(folder / "micro.py", config)
+
+
+@pytest.fixture
+def real(fakes):
+    """The real `ouro`, on two virtual devices for each process."""
+    fakes.add(ouro=f'exec {sys.executable} -m ouro_jax.cli.main "$@"')
+    devices = "--xla_force_host_platform_device_count=2"
+    fakes.env |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
+    return fakes
+
+
+def steps_and_events(folder):
+    """Steps of the train records, and the events, of the run in `folder`."""
+    records = read_log(folder)
+    steps = [record["step"] for record in records if record["kind"] == "train"]
+    return steps, [record["event"] for record in records if record["kind"] == "event"]
+
+
+def test_a_killed_process_is_started_again_and_the_run_goes_on(real, config):
+    work = real.folder / "work"
+    launcher = subprocess.Popen(
+        [str(ROOT / "launch" / "local.sh"), "--processes=2", "--pause=1", "--cache=cache",
+         f"--config={config}", f"--workdir={work}"],
+        env=real.env, cwd=real.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (work / "stable_1a" / str(EVERY)).is_dir():
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.02)
+    found = ["pgrep", "-f", f"{work} .*--process_id=1"]
+    for process in subprocess.run(found, capture_output=True, text=True).stdout.split():
+        os.kill(int(process), signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, errors
+    assert "attempt 1 of 10 ended with code 137" in errors and "attempt 2" not in errors
+    steps, events = steps_and_events(work)
+    assert steps == list(range(1, STEPS + 1))
+    assert events == ["stage_start", "resume", "stage_end", "finished"]
+    assert len(list((real.folder / "logs" / "work").glob("*.log"))) == 2
+    assert any((real.folder / "cache").iterdir()), "no compiled program was kept"
+
+
+def test_slurm_runs_the_real_thing(real, config):
+    run = "--nodes=2", "--gpus=0", f"--config={config}", f"--workdir={real.folder}/work"
+    result = real.launch("slurm", *run)
+    assert result.returncode == 0, result.stderr
+    steps, events = steps_and_events(real.folder / "work")
+    assert (steps[-1], events[-1]) == (STEPS, "finished")
+    log = (real.folder / "logs/work/node0_0.log").read_text()
+    assert "stable_1a: finished after" in log and "held-out bits per byte" in log
+
+    wrong = real.launch("slurm", *run, "--config.model.vocab_size=200")
+    assert wrong.returncode == 2 and "attempt" not in wrong.stderr
+    assert "model.vocab_size = 200" in (real.folder / "logs/work/node0_0.log").read_text()
