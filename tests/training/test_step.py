@@ -148,8 +148,9 @@ def test_constraints_are_there_inside_a_mesh_and_outside_it_the_step_refuses():
         jax.make_jaxpr(_train_step, static_argnums=0)(*arguments)
 
 
-def test_the_gate_objective_leaves_the_language_model_alone():
-    history, state, start = ten_steps(MeshConfig(fsdp=2), 2, 2, objective="gate")
+@pytest.mark.parametrize("gather", ["each_loop", "once"])
+def test_the_gate_objective_leaves_the_language_model_alone(gather):
+    history, state, start = ten_steps(MeshConfig(fsdp=2), 2, 2, gather, objective="gate")
     trained = {"kernel", "bias"}
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state.params)):
         before = start
