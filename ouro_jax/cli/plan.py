@@ -109,8 +109,11 @@ def _show(config: Config, topology: Topology, rows: list[dict[str, Any]]) -> Non
             console.print(*details(row), sep="\n")
         if row["program"] == "train" and not row["fits"]:
             refused = row["request"].layout
-            for layout in suggestions(Job(config, row["stage"], topology), refused):
+            proposed = suggestions(Job(config, row["stage"], topology), refused)
+            for layout in proposed:
                 console.print(f"By estimate this fits: {flags_of(layout)}")
+            if not proposed:
+                console.print("By estimate no layout fits: it takes more chips, or larger ones.")
     if FLAGS.search and rows[0]["fits"]:
         console.print(f"Best: {flags_of(rows[0]['request'].layout)}")
     if FLAGS.picture:

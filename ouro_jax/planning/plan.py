@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ouro_jax.config import GATE_OBJECTIVES, Config
+from ouro_jax.config import GATE_OBJECTIVES, Config, ModelConfig
 from ouro_jax.model.flops import forward_flops_per_token, hardware_flops_per_token, head_flops
 from ouro_jax.parallel.chips import CHIPS, GIB
 from ouro_jax.planning.compile import program_text
@@ -33,7 +33,7 @@ def stage_request(config: Config, name: str, topology: Topology, layout: Layout)
     rows = StagePlan(name, stage).batch_sizes()[-1]
     microbatches = rows // (layout.batch_shards * layout.microbatch_rows)
     return Request(
-        "train", topology, config.stage_model(name), stage.sequence_length, microbatches,
+        "train", topology, _program_model(config, name), stage.sequence_length, microbatches,
         config.optimizer, stage.objective, stage.prior, layout,
     )  # fmt: skip
 
@@ -43,9 +43,14 @@ def answer_request(
 ) -> Request:
     """`prefill` or `decode` of `rows` prompts as long as a row of stage `name`, on one chip."""
     return Request(
-        program, dataclasses.replace(topology, num_slices=1), config.stage_model(name),
+        program, dataclasses.replace(topology, num_slices=1), _program_model(config, name),
         config.stages[name].sequence_length, rows,
     )  # fmt: skip
+
+
+def _program_model(config: Config, name: str) -> ModelConfig:
+    """The model of a stage as far as programs depend on it: the RoPE base is an input of a step."""
+    return dataclasses.replace(config.stage_model(name), rope_theta=config.model.rope_theta)
 
 
 def describe(config: Config, name: str, request: Request, result: Row, cache: Path) -> Row:

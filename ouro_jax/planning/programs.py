@@ -182,7 +182,9 @@ def compile_request(request: Request, folder: Path) -> dict[str, Any]:
 
 def refusal(message: str) -> dict[str, Any]:
     """Why the compiler refused: the first lines, and the bytes needed if memory was short."""
-    used = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])", message)
+    # Of HBM; there are smaller memories to run out of.
+    forms = r"Used ([\d.]+)([KMGT]) of \S+ hbm", r"HLO temporaries \(([\d.]+)([KMGT])\)"
+    used = next(filter(None, (re.search(form, message) for form in forms)), None)
     needed = float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1) if used else None
     reason = " ".join(message.split("\n\n")[0].split())
     return {"reason": reason[:600], "peak_bytes": needed}

@@ -88,6 +88,8 @@ def test_refusals_tell_the_memory_that_is_short():
          "temporaries (27.24G) exceeds available HBM (15.75G).", 27.24),
     ):  # fmt: skip
         assert refusal(message)["peak_bytes"] == pytest.approx(gib * 2**30)
+    vmem = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.00M of 16.00M vmem."
+    assert refusal(vmem)["peak_bytes"] is None
     assert refusal("INTERNAL: Mosaic failed.\n\nmore") == {
         "reason": "INTERNAL: Mosaic failed.", "peak_bytes": None,
     }  # fmt: skip

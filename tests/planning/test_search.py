@@ -21,18 +21,22 @@ LAYOUTS = [
         (1, "each_loop", "none"),
     )
 ]
+# By estimate, in bytes; the last is another kind of program.
+ESTIMATES = dict(zip(LAYOUTS, (10e9, 6e9, 9e9), strict=True))
 SECONDS = {0: (2.0, 1.0), 1: (2.0, 0.5), 2: (1.0, 1.0)}
 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """A compiler that takes no time: refuses layouts in `refused`, and keeps what it was asked."""
-    asked, refused = [], set()
+    """A compiler that takes no time: keeps what it was asked, and refuses the layouts in `refused`,
+    which maps their number to the bytes they need (None: it aborts)."""
+    asked, refused = [], {}
 
     def compile_all(requests, cache):
         for request in dict.fromkeys(requests):
             asked.append(request)
-            yield request, {"fits": LAYOUTS.index(request.layout) not in refused}
+            fits = LAYOUTS.index(request.layout) not in refused
+            yield request, {"fits": fits, "peak_bytes": refused.get(LAYOUTS.index(request.layout))}
 
     def describe(config, stage, request, result, cache):
         number = LAYOUTS.index(request.layout)
@@ -52,11 +56,16 @@ def compiled(monkeypatch):
     monkeypatch.setattr(module, "stage_layouts", lambda config, stage, topology: LAYOUTS)
     monkeypatch.setattr(module, "compile_all", compile_all)
     monkeypatch.setattr(module, "describe", describe)
+    monkeypatch.setattr(module, "estimated_bytes", lambda model, plan, layout: ESTIMATES[layout])
     return asked, refused
 
 
 def quiet(done, total):
     assert 0 <= done <= total
+
+
+def numbers(rows):
+    return [row["number"] for row in rows]
 
 
 def test_a_row_is_the_first_layout_that_compiles(compiled, tmp_path):
@@ -66,26 +75,40 @@ def test_a_row_is_the_first_layout_that_compiles(compiled, tmp_path):
         ("stable_1b", 0, 0), ("anneal", 0, 0),
     ]  # fmt: skip
     assert len(asked) == 2
-    refused |= {0, 1}
-    assert [(row["number"], row["refused"]) for row in plan_jobs(JOBS, tmp_path, 3, quiet)] == [
-        (2, 2), (2, 2),
-    ]  # fmt: skip
-    # Where all that may be tried are refused, the first one's refusal stands.
-    assert [(row["number"], row["fits"]) for row in plan_jobs(JOBS, tmp_path, 2, quiet)] == [
-        (0, False), (0, False),
-    ]  # fmt: skip
+    # Half as much again as there is: what is estimated at 9 of 10 GB will not fit either.
+    refused[0] = 1.5 * JOBS[0].topology.granted_bytes
+    assert numbers(plan_jobs(JOBS, tmp_path, 3, quiet)) == [1, 1]
+    # The same kind of program would abort again.
+    refused[0] = None
+    rows = plan_jobs(JOBS, tmp_path, 3, quiet)
+    assert [(row["number"], row["refused"]) for row in rows] == [(2, 1), (2, 1)]
 
 
-def test_a_search_ranks_by_the_bound_and_then_by_what_hides_behind_it(compiled, tmp_path):
+@pytest.mark.parametrize("tries", [1, 2, 5])
+def test_where_all_are_refused_the_first_refusal_stands(compiled, tmp_path, tries):
+    asked, refused = compiled
+    refused |= {0: None, 2: None}
+    rows = plan_jobs(JOBS[:1], tmp_path, tries, quiet)
+    assert numbers(rows) == [0] and not rows[0]["fits"]
+    assert len(asked) == min(tries, 2)
+
+
+def test_a_search_takes_one_of_each_kind_and_ranks_by_the_bound(compiled, tmp_path, monkeypatch):
     _, refused = compiled
-    assert [row["number"] for row in search(JOBS[0], tmp_path, 3, quiet)] == [2, 1, 0]
-    assert [row["number"] for row in search(JOBS[0], tmp_path, 2, quiet)] == [1, 0]
-    refused.add(2)
-    assert [row["number"] for row in search(JOBS[0], tmp_path, 3, quiet)] == [1, 0, 2]
+    assert numbers(search(JOBS[0], tmp_path, 3, quiet)) == [2, 0]
+    assert numbers(search(JOBS[0], tmp_path, 1, quiet)) == [0]
+    refused[2] = None
+    assert numbers(search(JOBS[0], tmp_path, 3, quiet)) == [0, 2]
+    # Of equal bounds the one with less to hide behind it.
+    refused.clear()
+    monkeypatch.setitem(SECONDS, 2, (2.0, 0.5))
+    assert numbers(search(JOBS[0], tmp_path, 3, quiet)) == [2, 0]
 
 
-def test_proposals_are_near_what_was_refused_and_written_as_flags(compiled):
+def test_proposals_are_near_what_was_refused_and_written_as_flags(compiled, monkeypatch):
     assert suggestions(JOBS[0], LAYOUTS[2], 2) == [LAYOUTS[1], LAYOUTS[0]]
+    monkeypatch.setitem(ESTIMATES, LAYOUTS[1], 20e9)
+    assert suggestions(JOBS[0], LAYOUTS[2], 2) == [LAYOUTS[0]]
     assert flags_of(LAYOUTS[0]) == (
         "--config.mesh.slice=1 --config.mesh.data=2 --config.mesh.fsdp=2 --config.mesh.tensor=1 "
         "--config.mesh.context=1 --config.layout.gather=once --config.layout.remat=layer "
@@ -95,13 +118,14 @@ def test_proposals_are_near_what_was_refused_and_written_as_flags(compiled):
 
 def test_the_fit_table_has_every_stage_of_both_models_on_four_pods(compiled, tmp_path):
     _, refused = compiled
-    refused.add(0)
+    refused[0] = None
     path = tmp_path / "fit.md"
     write_fit_table(path, tmp_path, quiet)
     text = path.read_text()
     assert len(fit_jobs()) == 4 * (7 + 6) == text.count("| 60 | 1 | 0 | 0 |")
     assert "## ouro_2p6b on 2 × v5p:4x4x4, 128 chips of 15.75 GiB" in text
     assert (
-        "| long_context | fsdp 4, once, layer, 8 × 1 rows | 1.50 | 9.0 | compute | 70.0 |" in text
+        "| long_context | fsdp 4, each_loop, none, 8 × 1 rows | 1.50 | 9.0 | compute | 70.0 |"
+        in text
     )
     assert "`ouro plan --fit_table=" in text
