@@ -89,7 +89,9 @@ def write_results(results: Sequence[SweepResult], workdir: Path) -> None:
 def results_table(results: Sequence[SweepResult]) -> Table:
     """The results for a terminal; the run with the fewest bits per byte is bold."""
     labels = list(dict.fromkeys(label for result in results for label in result.labels))
-    table = Table(title="held-out results", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="held-out results", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for name in (*labels, "bits/byte", "loss per loop", "depth", "tokens/s", ""):
         table.add_column(name, justify="right", no_wrap=name not in labels, overflow="fold")
     best = best_result(results)
@@ -157,18 +159,18 @@ def _lines(results: Sequence[SweepResult]) -> tuple[str, dict[str, list[SweepRes
 def _draw_lines(
     axes: Axes, x_name: str, lines: dict[str, list[SweepResult]], field: str, colours: dict
 ) -> None:
-    ticks: dict[Any, str] = {}
+    values = [result.labels.get(x_name, "–") for line in lines.values() for result in line]
+    numbers = all(isinstance(value, int | float) for value in values)
     for index, (others, line) in enumerate(lines.items()):
+        points = [(result.labels.get(x_name, "–"), getattr(result, field)) for result in line]
         # Matplotlib places texts one after the other.
-        points = [(result.labels.get(x_name, ""), getattr(result, field)) for result in line]
-        points.sort(key=lambda point: point[0] if isinstance(point[0], int | float) else 0)
+        points = sorted(points) if numbers else [(_value_text(x), y) for x, y in points]
         axes.plot(*zip(*points, strict=True), "o-", color=colours[f"loop-{index * 3 % 8 + 1}"],
                   label=others)  # fmt: skip
-        ticks |= {x: _value_text(x) for x, _ in points}
-    if all(isinstance(x, int | float) for x in ticks):
-        if min(ticks) > 0 and max(ticks) / min(ticks) >= LOGARITHMIC_FROM:
+    if numbers:
+        if min(values) > 0 and max(values) / min(values) >= LOGARITHMIC_FROM:
             axes.set_xscale("log")
-        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.set_xticks(values, map(_value_text, values))
         axes.xaxis.set_minor_locator(NullLocator())
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from ouro_jax.reporting.sweep import (
     SweepResult,
     best_result,
+    draw_results,
     read_result,
     results_table,
     write_results,
@@ -77,6 +78,14 @@ def test_the_files(results, tmp_path):
     written = json.loads((tmp_path / "results.json").read_text())
     assert written[0] == results[0].columns() and written[3]["bits_per_byte"] is None
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_any_mixture_of_overrides_can_be_drawn(tmp_path):
+    mixtures = [[{}], [{"a": 1}, {"b": (1, 2)}, {}], [{"a": True}, {"a": "x y"}, {"a": 0}]]
+    for number, labels in enumerate(mixtures):
+        file = tmp_path / f"{number}.png"
+        draw_results([SweepResult("", each, "finished", 3.0, (), 1.5) for each in labels], file)
+        assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_measured_is_not_drawn(results, tmp_path):
