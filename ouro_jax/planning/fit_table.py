@@ -59,11 +59,11 @@ def _markdown(jobs: Sequence[Job], rows: Sequence[Row], command: str) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    peak = "?" if row["hbm_gib"] is None else f"{row['hbm_gib']:.2f}"
     if not row["fits"]:
-        return [row["stage"], layout_text(row), f"{peak}: does not fit", *["–"] * 8]
+        needed = f"{row['hbm_gib']:.2f}: does not fit" if row["hbm_gib"] else "refused"
+        return [row["stage"], layout_text(row), needed, *["–"] * 8]
     return [
-        row["stage"], layout_text(row), peak, f"{row['collective_gb']:.1f}",
+        row["stage"], layout_text(row), f"{row['hbm_gib']:.2f}", f"{row['collective_gb']:.1f}",
         RESOURCES[row["bound_by"]], f"{100 * row['mfu_bound']:.1f}", f"{row['days']:.3g}",
         f"{row['compile_seconds']:.0f}", str(row["refused"]), str(row["rematerializations"]),
         str(row["replicated_matrices"]),

@@ -17,8 +17,10 @@ def verdict(row: Row) -> str:
     capacity = f"{row['hbm_capacity_gib']:.2f} GiB of a {row['chip']}"
     if row["fits"]:
         return f"{name}: fits, with {row['hbm_gib']:.3g} of the {capacity}."
-    needed = f" It needs {row['hbm_gib']:.2f} or more." if row["hbm_gib"] else ""
-    return f"{name}: does not fit the {capacity}.{needed}\n{row['reason']}"
+    if not row["hbm_gib"]:
+        return f"{name}: the compiler refuses it.\n{row['reason']}"
+    needed = f"It needs {row['hbm_gib']:.2f} or more."
+    return f"{name}: does not fit the {capacity}. {needed}\n{row['reason']}"
 
 
 def layout_text(row: Row) -> str:
@@ -45,7 +47,7 @@ def overview(rows: Sequence[Row], title: str) -> Table:
                 f"{row['chip_hours']:,.0f}",
             ]  # fmt: skip
         else:
-            cells += ["does not fit", *[""] * 5]
+            cells += ["does not fit" if row["hbm_gib"] else "refused", *[""] * 5]
         table.add_row(*cells, f"{row['compile_seconds'] or 0:.0f}")
     return table
 

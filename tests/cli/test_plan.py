@@ -33,7 +33,7 @@ def cache(tmp_path_factory):
 
 def test_a_stage_that_fits_says_where_memory_and_time_go(cache, tmp_path):
     files = f"--dump_hlo={tmp_path / 'step.txt'}", f"--picture={tmp_path / 'bars.png'}"
-    mesh = "--config.mesh.fsdp=2", "--config.layout.gather=each_loop"
+    mesh = "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.layout.gather=each_loop"
     row = plan(*TINY, "--stage=stable_1b", *mesh, cache, *files)
     assert row.keys() > KEYS and row["fits"]
     assert 0 < row["hbm_gib"] < 0.1 and row["hbm_capacity_gib"] == 15.75
@@ -70,7 +70,8 @@ def test_what_does_not_fit_is_an_answer_that_says_what_would(cache):
     assert row["mfu_bound"] is None and "RESOURCE_EXHAUSTED" in row["reason"]
     assert "v5e-4 is v5e:2x2: 4 chips." in row["text"]
     assert "does not fit" in row["text"]
-    assert "By estimate this fits: --config.mesh.slice=1 --config.mesh.data=" in row["text"]
+    assert "By estimate this fits: --config.mesh.slice=1" in row["text"]
+    assert "--config.layout.remat=layer" in row["text"]
 
 
 def test_an_answer_is_planned_for_one_chip(cache):
