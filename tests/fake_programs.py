@@ -109,5 +109,5 @@ class Fakes:
         """Runs a launcher in this folder."""
         return subprocess.run(
             [str(ROOT / "launch" / f"{script}.sh"), *arguments],
-            capture_output=True, text=True, env=self.env, cwd=self.folder, timeout=100,
+            capture_output=True, text=True, env=self.env, cwd=self.folder, timeout=300,
         )  # fmt: skip
