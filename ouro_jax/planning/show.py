@@ -35,7 +35,7 @@ def layout_text(row: Row) -> str:
 
 def overview(rows: Sequence[Row], title: str) -> Table:
     """A line for each stage or layout."""
-    table = _table(title, "stage", "layout", HBM="GiB", moved="GB", step="s", bound="by", MFU="%",
+    table = _table(title, "stage", "layout", HBM="GiB", moved="GB", step="s", bound_by="", MFU="%",
                    days="", chip_hours="", compiled="s")  # fmt: skip
     for row in rows:
         peak = f"{row['hbm_gib']:.2f}" if row["hbm_gib"] else "?"
