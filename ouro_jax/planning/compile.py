@@ -43,10 +43,7 @@ CHILD: Child = (sys.executable, "-m", "ouro_jax.planning.programs")
 
 
 def compile_all(
-    requests: Sequence[Request],
-    cache: Path,
-    child: Child = CHILD,
-    workers: int | None = None,
+    requests: Sequence[Request], cache: Path, child: Child = CHILD
 ) -> Iterator[tuple[Request, dict[str, Any]]]:
     """Yields each distinct request with its result as they end; those in `cache` come first.
 
@@ -61,7 +58,7 @@ def compile_all(
             yield request, json.loads(stored.read_text())
         else:
             missing.append(request)
-    pool = ThreadPoolExecutor(workers or _workers())
+    pool = ThreadPoolExecutor(_workers())
     try:
         waiting = {pool.submit(_compile, request, cache, child): request for request in missing}
         for future in as_completed(waiting):

@@ -15,7 +15,7 @@ from ouro_jax.planning.topologies import Topology
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.layout import Layout
 from ouro_jax.training.layout_choice import candidates
-from ouro_jax.training.memory import memory_by_kind
+from ouro_jax.training.memory import ITEM_BYTES, memory_by_kind
 
 Row = dict[str, Any]
 """What `ouro plan --json` prints of one program, and its `request`."""
@@ -135,23 +135,21 @@ def _hardware_flops(plan: StagePlan, request: Request, text: str) -> int:
 
 
 def _describe_answer(request: Request, result: Row) -> Row:
-    """All loops run for every token; at each loop the weights of all layers are read again.
+    """All loops run for every token: a step reads the layers' weights once per loop, the head once.
 
-    In `decode` a token attends to every slot of the cache, which it reads whole.
+    In `prefill` the cache is written once; in `decode` a token attends to every slot of it.
     """
     model, rows, length = request.model, request.rows, request.sequence_length
-    item = 2 if model.dtype == "bfloat16" else 4
-    embedding = item * model.vocab_size * model.hidden_size
+    embedding = ITEM_BYTES[model.dtype] * model.vocab_size * model.hidden_size
     layers = result["parameter_bytes"] - 2 * embedding
+    read = model.num_loops * layers + embedding + result["cache_bytes"]
     if request.program == "prefill":
         tokens = rows * length
         flops = tokens * forward_flops_per_token(model, length, 0) + rows * head_flops(model)
-        # The cache is written once; a chunk's products read the weights from fast memory.
-        read = model.num_loops * layers + embedding + result["cache_bytes"]
     else:
         tokens = rows
+        # The formula halves a row's positions: this one attends to all of them.
         flops = tokens * forward_flops_per_token(model, 2 * length - 1, 1)
-        read = model.num_loops * layers + embedding + result["cache_bytes"]
     row = {"flops_per_step": flops, "rows": rows, "sequence_length": length, "chips": 1}
     if not result["fits"]:
         return row
