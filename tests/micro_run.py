@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -68,12 +69,24 @@ def write_config(path: Path, config: Config) -> Path:
 
 def command(verb: str, *arguments: str, devices: int = 1) -> dict[str, Any]:
     """Arguments of `subprocess.run` for `ouro VERB …` on so many virtual devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return {
         "args": [sys.executable, "-m", f"ouro_jax.cli.{verb}", *arguments],
-        "env": os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+        "env": virtual_devices(devices),
         "text": True,
     }
+
+
+def virtual_devices(devices: int) -> dict[str, str]:
+    """The environment of a process with so many CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def ouro(verb: str, *arguments: str, devices: int = 1) -> subprocess.CompletedProcess:

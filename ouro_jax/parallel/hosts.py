@@ -109,7 +109,7 @@ def from_first(name: str, value: Any, timeout: float = BARRIER_SECONDS) -> Any:
     if client is None:
         return value
     key = _once(name)
-    if jax.process_index() == 0:
+    if global_state.process_id == 0:
         client.key_value_set(key, json.dumps(value))
         return value
     try:
@@ -126,7 +126,7 @@ def require_same(name: str, value: Mapping[str, Any]) -> None:
     ours = json.loads(json.dumps(value))
     differing = list(_differences(from_first(name, ours), ours, ""))
     if differing:
-        here = jax.process_index()
+        here = global_state.process_id
         raise ConfigError(
             f"The processes of this run differ in their {name}; start them all with the same:\n"
             + "\n".join(
@@ -146,7 +146,7 @@ def require_shared(folder: Path) -> None:
     if global_state.client is None:
         return
     file = folder / from_first("sign in the folder", f".seen-{secrets.token_hex(8)}")
-    is_first = jax.process_index() == 0
+    is_first = global_state.process_id == 0
     if is_first:
         file.touch()
     barrier("sign written")
@@ -261,8 +261,8 @@ def _stop_all(error: BaseException, done: threading.Event) -> NoReturn:
         text = "".join(traceback.format_exception(error)).strip()
     notice = {"code": code, "text": f"{_me()} failed: {text.removeprefix('error: ')}"}
     with contextlib.suppress(JaxRuntimeError):  # nobody hears where process 0 is gone
-        client.key_value_set(f"{STOPPED}/{jax.process_index()}", json.dumps(notice))
-        if jax.process_index() == 0:  # the store ends with this process
+        client.key_value_set(f"{STOPPED}/{global_state.process_id}", json.dumps(notice))
+        if global_state.process_id == 0:  # the store ends with this process
             time.sleep(2 * POLL_SECONDS)
     _leave(code, text)
 
