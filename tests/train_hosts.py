@@ -26,14 +26,14 @@ from ouro_jax.training.state import StateFactory
 from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
 
 
-def ten_steps(config: Config, name: str, mesh: Mesh, gather: str) -> dict[str, np.ndarray]:
+def ten_steps(config: Config, name: str, mesh: Mesh, gather: str) -> dict[str, Any]:
     """`losses` of ten steps of a stage, each of two microbatches, and the parameters by name."""
     stage, model = config.stages[name], config.stage_model(name)
     spec = StepSpec(model, config.optimizer, "expected", "uniform", "layer", gather, mesh)
     state = StateFactory(model, config.optimizer, "expected", mesh).init(0)
     inputs = StepInputs(*map(np.float32, (1e-3, 0.1, 0.05, 1e4)))
     plan, host, losses = StagePlan(name, stage), data_host(mesh), []
-    mixture = open_stage_mixture(config, config.data.root, plan)
+    mixture = open_stage_mixture(config, Path(config.data.root), plan)
     batches = mixture.batches(0, plan.batch_rows, host=host.index, num_hosts=host.count)
     with use_mesh(mesh), contextlib.closing(batches):
         for _, batch in itertools.islice(batches, 10):
@@ -42,7 +42,8 @@ def ten_steps(config: Config, name: str, mesh: Mesh, gather: str) -> dict[str, n
             state, metrics = compiled_train_step(spec)(state, batch, inputs)
             losses.append(jax.device_get(metrics["loss"]))
     params: Any = process_allgather(state.params, tiled=True)
-    return {"losses": np.array(losses), **flatten_dict(params, sep="/")}
+    named: Any = flatten_dict(params, sep="/")
+    return {"losses": np.array(losses), **named}
 
 
 def main() -> None:

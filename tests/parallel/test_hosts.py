@@ -113,7 +113,7 @@ def test_a_barrier_says_which_one_and_how_long_it_waited(together):
 
 @pytest.mark.parametrize(("there", "waits_for"), [(0, "the others to join"), (1, "process 0")])
 def test_missing_processes_are_waited_for_with_a_limit(together, there, waits_for):
-    tasks = [None, None]
+    tasks: list[dict | None] = [None, None]
     tasks[there] = SLEEP | {"join_seconds": 2}
     code, text = together(*tasks).end(0)
     assert code == 1
