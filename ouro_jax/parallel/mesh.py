@@ -6,6 +6,7 @@ optimizer, `tensor` heads, MLP width and vocabulary, `context` the sequence.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ LOGICAL_AXIS_RULES = (
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
 )
+Rules = tuple[tuple[str, Any], ...]
 # Where every device sees its own rows, only what `tensor` splits is left to the compiler.
 MANUAL_AXES = (*BATCH_AXES, "context")
 MANUAL_RULES = tuple(
@@ -169,7 +171,31 @@ def fsdp_spec(sharding: NamedSharding) -> PartitionSpec:
     return PartitionSpec(*(axis if axis == "fsdp" else None for axis in sharding.spec))
 
 
-def shardings(boxed_tree, mesh: Mesh):
-    """Shardings of a tree whose leaves carry logical axis names (unboxed shape of the tree)."""
-    specs = nn.get_partition_spec(boxed_tree)
-    return nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
+def shardings(boxed_tree, mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES):
+    """Shardings of a tree whose leaves carry logical axis names (unboxed shape of the tree).
+
+    Raises ConfigError naming the parameter of which two axes would lie on one axis of the mesh,
+    where flax silently splits the first alone, or whose size the mesh does not divide.
+    """
+    names = nn.get_partition_spec(boxed_tree)
+    found = nn.logical_to_mesh_sharding(names, mesh, rules)
+    check = functools.partial(_check_split, dict(rules))
+    jax.tree_util.tree_map_with_path(check, found, names, boxed_tree)
+    return found
+
+
+def _check_split(rules: dict[str, Any], path: Any, found: NamedSharding, names: Any, boxed: Any):
+    (leaf,) = jax.tree.leaves(boxed)
+    parameter = f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}"
+    for number, (name, axes) in enumerate(zip(names, found.spec, strict=True)):
+        if axes != rules.get(name):
+            raise ConfigError(
+                f"{parameter}, axes {tuple(names)}: the rules of LOGICAL_AXIS_RULES put {name!r} "
+                f"on mesh.{rules[name]}, which another of these axes has; change one of the rules."
+            )
+        parts = found.mesh.shape[axes] if axes else 1
+        if leaf.shape[number] % parts:
+            raise ConfigError(
+                f"{parameter}, axes {tuple(names)}, shape {leaf.shape}: mesh.{axes} = {parts} does "
+                f"not divide {name!r} = {leaf.shape[number]}; choose a divisor."
+            )

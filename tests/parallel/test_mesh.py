@@ -2,8 +2,10 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import pytest
+from jax.sharding import PartitionSpec
 
 from ouro_jax.config import ConfigError, MeshConfig, ModelConfig
 from ouro_jax.parallel.mesh import (
@@ -14,6 +16,7 @@ from ouro_jax.parallel.mesh import (
     complete_axes,
     make_mesh,
     require_mesh,
+    shardings,
     use_mesh,
 )
 
@@ -76,3 +79,37 @@ def test_every_logical_axis_of_a_parameter_has_a_rule():
     names = {name for leaf in leaves for name in leaf.names} - {None}
     assert len(leaves) == 16 and names <= dict(LOGICAL_AXIS_RULES).keys()
     assert {"vocab", "embed", "heads", "kv_heads", "mlp", "layers"} <= names
+
+
+@pytest.fixture
+def boxed():
+    """Shapes and axis names of two parameters."""
+    names = ("layers", "embed", "kv_heads", "head_dim"), ("vocab", "embed")
+    shapes = (3, 32, 2, 8), (128, 32)
+    return {
+        "attention": {
+            "k_proj": nn.Partitioned(jax.ShapeDtypeStruct(shapes[0], "float32"), names[0])
+        },
+        "embedding": nn.Partitioned(jax.ShapeDtypeStruct(shapes[1], "float32"), names[1]),
+    }
+
+
+def test_parameters_are_split_by_the_rules(boxed):
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with use_mesh(mesh):
+        found = shardings(boxed, mesh)
+    assert found["attention"]["k_proj"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert found["embedding"].spec == PartitionSpec("tensor", "fsdp")
+
+
+def test_two_axes_of_a_parameter_on_one_axis_of_the_mesh_are_refused(boxed):
+    rules = tuple((name, "tensor" if name == "head_dim" else axis)
+                  for name, axis in LOGICAL_AXIS_RULES)  # fmt: skip
+    words = "parameter attention/k_proj, axes .* put 'head_dim' on mesh.tensor, which another"
+    with pytest.raises(ConfigError, match=words):
+        shardings(boxed, make_mesh(MeshConfig(fsdp=4, tensor=2)), rules)
+
+
+def test_a_parameter_that_the_mesh_does_not_divide_is_named(boxed):
+    with pytest.raises(ConfigError, match=r"attention/k_proj.*mesh.tensor = 8 .*'kv_heads' = 2;"):
+        shardings(boxed, make_mesh(MeshConfig(tensor=8)))
