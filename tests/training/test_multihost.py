@@ -10,12 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from micro_run import BATCH, ROOT, free_port, micro_config, virtual_devices, write_config
+from micro_run import BATCH, ROOT, free_port, micro_config, ouro, virtual_devices, write_config
 from prepared import write_rows
 from train_hosts import ten_steps
 
@@ -37,14 +37,13 @@ LENGTH, LONG, ROWS, VOCAB = 16, 64, 16, 64
 # (stage, sizes of the axes slice, data, fsdp, tensor, context; layout) by number of processes.
 RUNS = {
     2: [
-        ("stable_1a", (2, 1, 2, 2, 1), "once"),
-        ("stable_1a", (1, 2, 1, 2, 2), "each_loop"),
-        ("long_context", (1, 1, 1, 2, 4), "each_loop"),  # tensor crosses processes
+        ("stable_1a", (2, 1, 2, 2, 1), "once"),  # slice crosses processes
+        ("stable_1a", (1, 1, 2, 2, 2), "each_loop"),  # fsdp
+        ("long_context", (1, 1, 1, 2, 4), "each_loop"),  # tensor
     ],
     4: [
-        ("stable_1a", (1, 2, 2, 2, 1), "each_loop"),
-        ("stable_1a", (1, 1, 1, 4, 2), "once"),  # tensor crosses processes
-        ("long_context", (1, 1, 2, 1, 4), "once"),  # context crosses processes
+        ("stable_1a", (1, 2, 1, 4, 1), "once"),  # data and tensor
+        ("long_context", (1, 1, 2, 1, 4), "once"),  # fsdp and context
     ],
 }
 
@@ -123,29 +122,31 @@ def test_ten_steps_of_many_processes_are_those_of_one_device(config, one_device,
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """2 × 4 devices, then 1 × 8, then 4 × 2, as a run that is never stopped."""
+    """2 × 4 devices, then 1 × 8, then 4 × 2, as one device that is never stopped."""
     config = micro_config(tmp_path / "data", logging=LoggingConfig(1, tensorboard=False))
     stage = dataclasses.replace(config.stages["stable_1a"], batch_ramp=(), warmup_tokens=BATCH)
 
-    def run(workdir: str, steps: int, hosts: int, **changes: Any) -> list[str]:
-        described = {"stable_1a": dataclasses.replace(stage, tokens=steps * BATCH)}
-        file = write_config(
-            tmp_path / "config.py", dataclasses.replace(config, stages=described, **changes)
-        )
+    def file_of(steps: int, **mesh: int) -> Path:
+        stages = {"stable_1a": dataclasses.replace(stage, tokens=steps * BATCH)}
+        changed = dataclasses.replace(config, stages=stages, mesh=MeshConfig(**mesh))
+        return write_config(tmp_path / "config.py", changed)
+
+    def go_on(hosts: int, file: Path) -> list[str]:
         return start_together(hosts, lambda host, address: [
-            "-m", "ouro_jax.cli.train", f"--config={file}", f"--workdir={tmp_path / workdir}",
+            "-m", "ouro_jax.cli.train", f"--config={file}", f"--workdir={tmp_path / 'stopped'}",
             "--json", f"--coordinator={address}", f"--num_processes={hosts}",
             f"--process_id={host}",
         ])  # fmt: skip
 
-    run("stopped", 3, 2, mesh=MeshConfig(fsdp=4, tensor=2))
-    run("stopped", 6, 1, mesh=MeshConfig(fsdp=2, context=2))
-    first, *others = run("stopped", 10, 4, mesh=MeshConfig(fsdp=2, tensor=2, context=2))
+    go_on(2, file_of(3, fsdp=4, tensor=2))
+    go_on(1, file_of(6, fsdp=2, context=2))
+    first, *others = go_on(4, file_of(10, fsdp=2, tensor=2, context=2))
     assert json.loads(first.splitlines()[-1])["step"] == 10
     # Gloo, which tears its own lines, is all that they print.
     lines = "\n".join(others).splitlines()
     assert all(not line or "Gloo" in line or "peer ranks" in line for line in lines), lines
-    run("whole", 10, 1)
+    result = ouro("train", f"--config={file_of(10)}", f"--workdir={tmp_path / 'whole'}")
+    assert result.returncode == 0, result.stderr
     records = {name: read_log(tmp_path / name) for name in ("stopped", "whole")}
     losses = {
         name: [record["loss"] for record in log if record["kind"] == "train"]
