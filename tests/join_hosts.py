@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ouro_jax.config import ConfigError
@@ -47,6 +48,8 @@ def main() -> None:
                 raise ConfigError("model.x is wrong")
             case "error":
                 raise ZeroDivisionError("of process 1")
+            case "collective":
+                raise JaxRuntimeError("INTERNAL: Gloo: connection closed by peer")
             case "barrier":
                 hosts.barrier("here", timeout=2)
             case "sleep":

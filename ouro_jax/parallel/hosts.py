@@ -260,6 +260,11 @@ def _stop_all(error: BaseException, done: threading.Event) -> NoReturn:
     else:
         text = "".join(traceback.format_exception(error)).strip()
     notice = {"code": code, "text": f"{_me()} failed: {text.removeprefix('error: ')}"}
+    if isinstance(error, JaxRuntimeError):
+        text += (
+            f"\nerror: {_me()} stops. If the lines above tell of a connection or a time limit, "
+            f"another process died: its log says of what. {AGAIN}"
+        )
     with contextlib.suppress(JaxRuntimeError):  # nobody hears where process 0 is gone
         client.key_value_set(f"{STOPPED}/{global_state.process_id}", json.dumps(notice))
         if global_state.process_id == 0:  # the store ends with this process

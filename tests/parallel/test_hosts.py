@@ -103,6 +103,13 @@ def test_an_error_of_one_process_ends_all_with_its_code_and_text(
         assert number == victim or words in text
 
 
+def test_a_collective_that_breaks_says_that_another_process_may_have_died(together):
+    code, text = together({"act": "collective"}, SLEEP).end(0)
+    *_, cause, last = text.splitlines()
+    assert code == 1 and cause.endswith("Gloo: connection closed by peer")
+    assert last.startswith("error: process 0 of 2 stops.") and AGAIN in last
+
+
 def test_a_barrier_says_which_one_and_how_long_it_waited(together):
     group = together({"act": "barrier"}, SLEEP)
     for number in range(2):
