@@ -54,11 +54,11 @@ def _markdown(jobs: Sequence[Job], rows: Sequence[Row], command: str) -> str:
             chips = f"{job.topology.num_chips} chips of {row['hbm_capacity_gib']:.2f} GiB"
             lines += ["", f"## {job.config.name} on {job.topology.name}, {chips}", ""]
             lines += ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-        lines.append("| " + " | ".join(_cells(row)) + " |")
+        lines.append("| " + " | ".join(table_cells(row)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row) -> list[str]:
+def table_cells(row: Row) -> list[str]:
     if not row["fits"]:
         needed = f"{row['hbm_gib']:.2f}: does not fit" if row["hbm_gib"] else "refused"
         return [row["stage"], layout_text(row), needed, *["–"] * 8]
