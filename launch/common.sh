@@ -14,7 +14,7 @@ attempts=10 pause=10 cache="" logs="" name="" dry_run=false command=()
 
 # The comments at the head of the launcher and of this file.
 usage() {
-  awk 'FNR == 1 { on = 1; next } !/^#/ { on = 0 } on { sub(/^# ?/, ""); print }' \
+  awk 'FNR == 1 { on = 1; next } !/^#/ { on = 0 } on && !/^# shellcheck/ { sub(/^# ?/, ""); print }' \
     "$0" "${BASH_SOURCE[0]}"
 }
 
