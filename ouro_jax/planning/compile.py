@@ -76,7 +76,7 @@ def program_text(request: Request, cache: Path) -> str:
 def folder_of(request: Request, cache: Path) -> Path:
     """Where the result of `request` lies, or will lie: by a hash of all that decides it."""
     settings = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    text = repr((request, _code(), _versions(), settings))
+    text = repr((request, _code(), versions(), settings))
     return cache / hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -144,6 +144,7 @@ def _code() -> str:
     return "".join(ast.dump(ast.parse(file.read_text())) for file in files)
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """What compiles, by package; None: it is not installed."""
     found = {package.name: package.version for package in importlib.metadata.distributions()}
     return {name: found.get(name) for name in COMPILERS}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ouro_jax.config import Config, from_config_dict
+from ouro_jax.planning.compile import versions
 from ouro_jax.planning.plan import Row
 from ouro_jax.planning.search import Job, OnResult, plan_jobs
 from ouro_jax.planning.show import RESOURCES, layout_text
@@ -39,13 +40,17 @@ def write_fit_table(path: Path, cache: Path, on_result: OnResult) -> list[Row]:
 
 
 def _markdown(jobs: Sequence[Job], rows: Sequence[Row], command: str) -> str:
+    compilers = ", ".join(f"{name} {versions()[name]}" for name in ("jax", "libtpu"))
     lines = [
         "# What fits where",
         "",
-        f"Written by `{command}`, which goes on where it was stopped. Every row is the train step",
-        "at the stage's full batch, compiled for chips that were not there: the peak and the",
-        "refusals are the compiler's, transfers are counted in its program, bounds are those of",
-        "`docs/planning.md`. Days are those of the stage's tokens at the bound.",
+        f"Written by `{command}` with {compilers}; it goes on where it",
+        "was stopped. Every row is the train step at the stage's full batch, compiled for chips",
+        "that were not there: the peak and the refusals are the compiler's, transfers are counted",
+        "in its program, bounds are those of [planning.md](planning.md). Days are those of the",
+        "stage's tokens at the bound. A program took so many seconds to compile beside another",
+        "one, on two cores. The last columns count layouts refused before this one, the compiler's",
+        "warnings of involuntary full rematerialization, and moments that every chip holds whole.",
     ]
     before: tuple[Topology, Config] | None = None
     for job, row in zip(jobs, rows, strict=True):
