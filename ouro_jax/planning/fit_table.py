@@ -64,6 +64,7 @@ def _markdown(jobs: Sequence[Job], rows: Sequence[Row], command: str) -> str:
 
 
 def table_cells(row: Row) -> list[str]:
+    """A row of the table under HEADER."""
     if not row["fits"]:
         needed = f"{row['hbm_gib']:.2f}: does not fit" if row["hbm_gib"] else "refused"
         return [row["stage"], layout_text(row), needed, *["–"] * 8]

@@ -1,5 +1,6 @@
 """The launchers with fake programs: what they start, what they start again, what they refuse."""
 
+import functools
 import re
 import shutil
 import signal
@@ -117,7 +118,9 @@ def test_processes_of_one_host_meet_and_fall_together(fakes):
 def test_interrupted_processes_leave_nothing_behind(fakes):
     fakes.codes("hang", "hang")
     command = [str(ROOT / "launch" / "local.sh"), "--processes=2", *RUN]
-    launcher = subprocess.Popen(command, env=fakes.env, cwd=fakes.folder)
+    # A shell that runs the tests in the background has made them ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    launcher = subprocess.Popen(command, env=fakes.env, cwd=fakes.folder, preexec_fn=heed)
     while len(fakes.calls("ouro")) < 2:
         time.sleep(0.1)
     launcher.send_signal(signal.SIGINT)
