@@ -1,6 +1,5 @@
 """The launchers with fake programs: what they start, what they start again, what they refuse."""
 
-import functools
 import re
 import shutil
 import signal
@@ -119,8 +118,8 @@ def test_interrupted_processes_leave_nothing_behind(fakes):
     fakes.codes("hang", "hang")
     command = [str(ROOT / "launch" / "local.sh"), "--processes=2", *RUN]
     # A shell that runs the tests in the background has made them ignore Ctrl-C.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    launcher = subprocess.Popen(command, env=fakes.env, cwd=fakes.folder, preexec_fn=heed)
+    command = ["env", "--default-signal=INT", *command]
+    launcher = subprocess.Popen(command, env=fakes.env, cwd=fakes.folder)
     while len(fakes.calls("ouro")) < 2:
         time.sleep(0.1)
     launcher.send_signal(signal.SIGINT)
