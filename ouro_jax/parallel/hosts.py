@@ -80,7 +80,7 @@ def joined(
     try:
         yield
     except BaseException as error:
-        _stop_all(error, done)
+        _stop_all(error, done)  # does not return: it says what was raised, and ends the process
     # A thread inside the client while Python ends would abort the process.
     done.set()
     watcher.join()

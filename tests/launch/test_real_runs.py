@@ -50,37 +50,37 @@ def steps_and_events(folder):
 
 
 def test_a_killed_process_is_started_again_and_the_run_goes_on(real, config):
-    work = real.folder / "work"
+    run = real.folder / "run"
     launcher = subprocess.Popen(
         [str(ROOT / "launch" / "local.sh"), "--processes=2", "--pause=1", "--cache=cache",
-         f"--config={config}", f"--workdir={work}"],
+         f"--config={config}", f"--workdir={run}"],
         env=real.env, cwd=real.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not (work / "stable_1a" / str(EVERY)).is_dir():
+    while not (run / "stable_1a" / str(EVERY)).is_dir():
         assert launcher.poll() is None, launcher.stderr.read()
         time.sleep(0.02)
-    found = ["pgrep", "-f", f"{work} .*--process_id=1"]
+    found = ["pgrep", "-f", f"{run} .*--process_id=1"]
     for process in subprocess.run(found, capture_output=True, text=True).stdout.split():
         os.kill(int(process), signal.SIGKILL)
     _, errors = launcher.communicate(timeout=300)
     assert launcher.returncode == 0, errors
     assert "attempt 1 of 10 ended with code 137" in errors and "attempt 2" not in errors
-    steps, events = steps_and_events(work)
+    steps, events = steps_and_events(run)
     assert steps == list(range(1, STEPS + 1))
     assert events == ["stage_start", "resume", "stage_end", "finished"]
-    assert len(list((real.folder / "logs" / "work").glob("*.log"))) == 2
+    assert len(list((real.folder / "logs" / "run").glob("*.log"))) == 2
     assert any((real.folder / "cache").iterdir()), "no compiled program was kept"
 
 
 def test_slurm_runs_the_real_thing(real, config):
-    run = "--nodes=2", "--gpus=0", f"--config={config}", f"--workdir={real.folder}/work"
-    result = real.launch("slurm", *run)
+    flags = "--nodes=2", "--gpus=0", f"--config={config}", f"--workdir={real.folder}/run"
+    result = real.launch("slurm", *flags)
     assert result.returncode == 0, result.stderr
-    steps, events = steps_and_events(real.folder / "work")
+    steps, events = steps_and_events(real.folder / "run")
     assert (steps[-1], events[-1]) == (STEPS, "finished")
-    log = (real.folder / "logs/work/node0_0.log").read_text()
+    log = (real.folder / "logs/run/node0_0.log").read_text()
     assert "stable_1a: finished after" in log and "held-out bits per byte" in log
 
-    wrong = real.launch("slurm", *run, "--config.model.vocab_size=200")
+    wrong = real.launch("slurm", *flags, "--config.model.vocab_size=200")
     assert wrong.returncode == 2 and "attempt" not in wrong.stderr
-    assert "model.vocab_size = 200" in (real.folder / "logs/work/node0_0.log").read_text()
+    assert "model.vocab_size = 200" in (real.folder / "logs/run/node0_0.log").read_text()

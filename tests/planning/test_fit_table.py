@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
 
 from ouro_jax.config import LayoutConfig, MeshConfig
@@ -37,6 +38,8 @@ def test_a_row_compiles_as_the_table_says(config, topology, stage, tmp_path):
     (row,) = plan_jobs([job_of(config, topology, stage)], tmp_path, TRIES, lambda done, total: None)
     assert row["fits"] and row["hbm_gib"] <= row["hbm_capacity_gib"]
     assert row["rematerializations"] == 0 == row["replicated_matrices"]
+    if f"with jax {jax.__version__}," not in TABLE.read_text():
+        pytest.skip("the figures of docs/fit.md are those of another compiler")
     ours, theirs = table_cells(row), row_of_table(config, topology, stage)
     for place, (found, written) in enumerate(zip(ours, theirs, strict=True)):
         if place in FIGURES:
