@@ -32,7 +32,7 @@ TIMEOUT_SECONDS = 1800
 # The code that decides what is compiled; a result is of this code and of no other.
 SOURCES = (
     "model/*.py", "objectives/*.py", "data/batch.py", "parallel/mesh.py", "parallel/attention.py",
-    "training/state.py", "training/step.py", "training/optimizer.py",
+    "training/state.py", "training/step.py", "training/guard.py", "training/optimizer.py",
     "inference/decode.py", "inference/sampling.py", "planning/programs.py",
 )  # fmt: skip
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax")

@@ -31,7 +31,7 @@ from ouro_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, use_
 from ouro_jax.planning.topologies import Topology, devices
 from ouro_jax.training.layout import Layout
 from ouro_jax.training.state import StateFactory, abstract_params, replicated
-from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
+from ouro_jax.training.step import StepSpec, abstract_inputs, compiled_train_step
 
 PROGRAMS = ("train", "prefill", "decode")
 
@@ -78,11 +78,9 @@ def _lower_train(request: Request, all_devices: list[Any]) -> tuple[Any, dict[st
         )
         for dtype in (jnp.int32, jnp.bool)
     )  # fmt: skip
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    inputs = abstract_inputs(mesh)
     with use_mesh(mesh):
-        traced = compiled_train_step(spec).trace(
-            state, Batch(ids, ids, ids, ids, mask), StepInputs(*[number] * 4)
-        )
+        traced = compiled_train_step(spec).trace(state, Batch(ids, ids, ids, ids, mask), inputs)
         lowered = traced.lower(lowering_platforms=(_platform(mesh),))
     return lowered, {
         "mesh": dict(mesh.shape),

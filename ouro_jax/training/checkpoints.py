@@ -66,7 +66,7 @@ class StageCheckpoints:
 
     def save(self, state: TrainState, position: Position, config: dict[str, Any]) -> None:
         """Starts writing a checkpoint; returns when the arrays may be changed again."""
-        rest = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
+        rest = _rest(state)
         self.save_items(
             position, config,
             params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest),
@@ -92,8 +92,7 @@ class StageCheckpoints:
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The state of `step`, laid out as `abstract` says. ConfigError if the shapes differ."""
-        rest = {"opt_state": abstract.opt_state, "step": abstract.step, "rng": abstract.rng}
-        restored = self._restore(step, {"params": abstract.params, "rest": rest})
+        restored = self._restore(step, {"params": abstract.params, "rest": _rest(abstract)})
         return TrainState(params=restored["params"], **restored["rest"])
 
     def restore_params(self, abstract_params: Any, step: int) -> Any:
@@ -170,6 +169,10 @@ def stage_steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
     return [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {field: getattr(state, field) for field in ("opt_state", "step", "rng", "guard")}
 
 
 def _to_json(position: Position) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def state_from(
         before, stage=name, rows=0, model=config.stage_model(name),
         objective=factory.objective, seed=config.seed, skip_rows=stage.skip_rows,
     )  # fmt: skip
-    return state.replace(params=params, opt_state=opt_state), position
+    guard = factory.fresh_guard()
+    return state.replace(params=params, opt_state=opt_state, guard=guard), position
 
 
 def _from_stage(folder: Path, config: Config, mesh: Mesh) -> tuple[Position, TrainState]:
@@ -167,4 +168,4 @@ def _without_optimizer(params: Any, factory: StateFactory, seed: int) -> TrainSt
     key = jax.random.key_data(jax.random.key(seed))
     step = jax.device_put(np.zeros((), np.int32), factory.shardings().step)
     rng = jax.device_put(key, factory.shardings().rng)
-    return TrainState(params=params, opt_state=None, step=step, rng=rng)
+    return TrainState(params, None, step, rng, factory.fresh_guard())

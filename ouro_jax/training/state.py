@@ -12,16 +12,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from ouro_jax.config import ModelConfig, OptimizerConfig
 from ouro_jax.model.loop_lm import LoopLM
 from ouro_jax.parallel.mesh import shardings
+from ouro_jax.training.guard import GuardState, fresh_guard
 from ouro_jax.training.optimizer import make_optimizer, trained_part
 
 
 class TrainState(struct.PyTreeNode):
-    """Parameters (float32), optimizer state of the trained part, optimizer steps, random key."""
+    """Parameters (float32), optimizer state of the trained part, optimizer steps, random key, and
+    what the judgement of the stage's steps goes by."""
 
     params: Any
     opt_state: Any
     step: jax.Array
     rng: jax.Array
+    guard: GuardState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,10 @@ class StateFactory:
         """A new optimizer state for the trained part of `params`."""
         make = jax.jit(self._optimizer_state, out_shardings=self.shardings().opt_state)
         return make(params)
+
+    def fresh_guard(self) -> GuardState:
+        """What a stage begins with."""
+        return jax.jit(fresh_guard, out_shardings=self.shardings().guard)()
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; nothing is allocated."""
@@ -63,7 +70,7 @@ class StateFactory:
         params = LoopLM(self.model).init(init_key, tokens)["params"]
         return TrainState(
             params, self._optimizer_state(params), jnp.zeros((), jnp.int32),
-            jax.random.key_data(run_key),
+            jax.random.key_data(run_key), fresh_guard(),
         )  # fmt: skip
 
     def _optimizer_state(self, params):

@@ -8,12 +8,13 @@ M microbatches, B rows of a microbatch, L sequence, T loops.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ouro_jax.config import ModelConfig, OptimizerConfig, parse_prior
@@ -30,6 +31,7 @@ from ouro_jax.parallel.mesh import (
     per_device,
     require_mesh,
 )
+from ouro_jax.training.guard import judge
 from ouro_jax.training.optimizer import make_optimizer, trained_part, with_trained_part
 from ouro_jax.training.state import StateFactory, TrainState, replicated
 
@@ -38,12 +40,20 @@ CHUNK_TOKENS = 1024
 
 
 class StepInputs(NamedTuple):
-    """Numbers that change along the curriculum; traced, so that no value compiles anew."""
+    """Numbers that change along the curriculum; traced, so that no value compiles anew.
+
+    The step is taken from a state of `step` steps only, and by default from any. `spike_deviations`
+    is what a loss or gradient norm may lie above the median, see `guard.py`. `requests` [devices]
+    is what each process asks of all: a step gives everyone the highest, at the same step.
+    """
 
     learning_rate: Any
     weight_decay: Any
     entropy_weight: Any
     rope_theta: Any
+    spike_deviations: Any = math.inf
+    step: Any = None
+    requests: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +67,20 @@ class StepSpec:
     remat: str
     gather: str
     mesh: Mesh
+
+
+def requests_sharding(mesh: Mesh) -> NamedSharding:
+    """How `StepInputs.requests` lies: one entry on each device."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def abstract_inputs(mesh: Mesh) -> StepInputs:
+    """Shapes of the inputs of a step, for compiling it ahead of time."""
+    whole = replicated(mesh)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    requests = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=requests_sharding(mesh))
+    return StepInputs(number, number, number, number, number, step, requests)
 
 
 @functools.cache
@@ -77,16 +101,34 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch, inputs: StepInp
     count = jnp.maximum(sums.num_tokens, 1.0)
     gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
 
+    means, grad_norm = sums.means(), optax.tree.norm(gradients)
+    verdict, guard = judge(state.guard, means["loss"], grad_norm, inputs.spike_deviations)
+    accepted = verdict.accepted
+    if inputs.step is not None:
+        accepted &= state.step == inputs.step
+    after = _updated(spec, state.replace(guard=guard), gradients, inputs)
+    state = jax.tree.map(functools.partial(jnp.where, accepted), after, state)
+    metrics = (
+        means
+        | verdict._asdict()
+        | {
+            "accepted": accepted,
+            "num_tokens": sums.num_tokens,
+            "grad_norm": grad_norm,
+            "grad_norms": {name: optax.tree.norm(g) for name, g in _groups(gradients).items()},
+        }
+    )
+    if inputs.requests is not None:
+        metrics["request"] = jnp.max(inputs.requests)
+    return state, metrics
+
+
+def _updated(spec: StepSpec, state: TrainState, gradients: Any, inputs: StepInputs) -> TrainState:
     trained = trained_part(state.params, spec.objective)
     optimizer = make_optimizer(spec.optimizer, inputs.learning_rate, inputs.weight_decay)
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     params = with_trained_part(state.params, optax.apply_updates(trained, updates))
-    metrics = sums.means() | {
-        "num_tokens": sums.num_tokens,
-        "grad_norm": optax.tree.norm(gradients),
-        "grad_norms": {name: optax.tree.norm(g) for name, g in _groups(gradients).items()},
-    }
-    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+    return state.replace(params=params, opt_state=opt_state, step=state.step + 1)
 
 
 def _summed(spec: StepSpec, params: Any, batch: Batch, inputs: StepInputs) -> tuple[Any, Sums]:

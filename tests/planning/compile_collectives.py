@@ -19,7 +19,7 @@ from ouro_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from ouro_jax.data.batch import Batch
 from ouro_jax.parallel.mesh import batch_sharding, make_mesh, use_mesh
 from ouro_jax.training.state import StateFactory
-from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
+from ouro_jax.training.step import StepSpec, abstract_inputs, compiled_train_step
 
 OUTER, INNER = 5, 3
 WIDTH = 512  # the array is WIDTH × WIDTH float32, split over fsdp = 4
@@ -73,7 +73,7 @@ def lower_step(mesh: Mesh, gather: str):
     ids, mask = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, bool)
     )
-    inputs = StepInputs(*[jnp.float32(value) for value in (3e-4, 0.1, 0.05, 1e4)])
+    inputs = abstract_inputs(mesh)
     optimizer = OptimizerConfig()
     spec = StepSpec(MODEL, optimizer, "expected", "uniform", "loop_and_layer", gather, mesh)
     state = StateFactory(MODEL, optimizer, "expected", mesh).abstract()

@@ -7,14 +7,13 @@ along, and a process can load libtpu with one environment only.
 import json
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from ouro_jax.config import MeshConfig, ModelConfig, OptimizerConfig, num_parameters
 from ouro_jax.data.batch import Batch
 from ouro_jax.parallel.mesh import batch_sharding, make_mesh, use_mesh
 from ouro_jax.training.state import StateFactory
-from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
+from ouro_jax.training.step import StepSpec, abstract_inputs, compiled_train_step
 
 MODEL = ModelConfig(1024, 256, 512, 2, 4, 4, 64, num_loops=4, dtype="bfloat16")
 MICROBATCHES, ROWS, LENGTH = 2, 8, 128
@@ -27,7 +26,7 @@ def main() -> None:
     sharding, shape = batch_sharding(mesh, microbatched=True), (MICROBATCHES, ROWS, LENGTH)
     ids, mask = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (int, bool))
     batch = Batch(ids, ids, ids, ids, mask)
-    inputs = StepInputs(*[jnp.float32(value) for value in (3e-4, 0.1, 0.05, 1e4)])
+    inputs = abstract_inputs(mesh)
     spec = StepSpec(MODEL, OptimizerConfig(), "expected", "uniform", "layer", "each_loop", mesh)
     state = StateFactory(MODEL, OptimizerConfig(), "expected", mesh).abstract()
     step = compiled_train_step(spec)
