@@ -99,6 +99,6 @@ def get_config() -> ConfigDict:
             model=get_model(24),
             stages=get_stages(24),
             data=DataConfig(root="data/ouro", source_tokens=MIXTURES["SOURCE_TOKENS"]),
-            checkpoint=CheckpointConfig(every_tokens=20 * BILLION, keep=3),
+            checkpoint=CheckpointConfig(every_tokens=100 * BILLION, keep=3),
         )
     )

@@ -34,6 +34,6 @@ def get_config() -> ConfigDict:
             first_stage="stable_1b",
             init_from="runs/ouro_1p4b/stable_1a",
             data=DataConfig(root="data/ouro", source_tokens=BASE["MIXTURES"]["SOURCE_TOKENS"]),
-            checkpoint=CheckpointConfig(every_tokens=20 * BASE["BILLION"], keep=3),
+            checkpoint=CheckpointConfig(every_tokens=100 * BASE["BILLION"], keep=3),
         )
     )

@@ -25,9 +25,9 @@ from ouro_jax.config import (
     LoggingConfig,
     ModelConfig,
     Stage,
-    require_choice,
     to_config_dict,
 )
+from ouro_jax.errors import require_choice
 
 STABLE = {"code": 0.5, "prose": 0.4, "math": 0.1}
 ANNEAL = {"code": 0.4, "prose": 0.4, "math": 0.2}
@@ -101,7 +101,7 @@ def _full() -> Config:
         ),
         stages=stages,
         data=DataConfig(root="data/tiny", embedded_bytes=3_000_000),
-        checkpoint=CheckpointConfig(every_tokens=100_000, keep=1),
+        checkpoint=CheckpointConfig(every_minutes=1.0, every_tokens=1_000_000, keep=2),
         evaluation=EvaluationConfig(every_tokens=300_000, rows_per_source=48, ngram_baselines=True),
         logging=LoggingConfig(every_steps=10),
     )
@@ -146,7 +146,7 @@ def _smoke(config: Config) -> Config:
         ),
         stages={name: shorten(name, stage) for name, stage in config.stages.items()},
         data=DataConfig(root="data/tiny_smoke", embedded_bytes=150_000),
-        checkpoint=CheckpointConfig(every_tokens=2048, keep=1),
+        checkpoint=CheckpointConfig(every_tokens=2048, keep=2),
         evaluation=EvaluationConfig(every_tokens=10**9, rows_per_source=16, ngram_baselines=True),
         logging=LoggingConfig(every_steps=1),
     )  # fmt: skip

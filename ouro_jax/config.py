@@ -3,16 +3,30 @@
 A config file builds a `Config` and returns `to_config_dict(config)`; the command line overrides
 keys of that dictionary; `from_config_dict` makes it a `Config` again. Everything that can be
 checked without data or devices is checked here, so a wrong config fails in the first second.
+The settings of a run that are neither model nor stage are described in `settings.py`.
 """
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_collections
+
+from ouro_jax.errors import ConfigError, nearest, require, require_choice
+from ouro_jax.settings import (
+    CheckpointConfig,
+    DataConfig,
+    DeadlineConfig,
+    EvaluationConfig,
+    GuardConfig,
+    LayoutConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ProfileConfig,
+)
 
 STAGE_ORDER = (
     "stable_1a",
@@ -32,35 +46,6 @@ REMAT_POLICIES = ("auto", "none", "layer", "layer_dots", "loop_and_layer", "loop
 GATHERS = ("auto", "once", "each_loop")
 DTYPES = ("float32", "bfloat16")
 MESH_AXES = ("slice", "data", "fsdp", "tensor", "context")
-
-
-class ConfigError(ValueError):
-    """Something the user wrote is wrong: a key, a flag, a file. The command leaves with code 2."""
-
-
-class RunError(RuntimeError):
-    """A failure that its message explains, as a full disk. The command leaves with code 1."""
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """The hint ` Did you mean 'x'?` for a misspelt `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def require(condition: bool, key: str, seen: object, expected: str) -> None:
-    """Raises the ConfigError that names `key`, the value seen and what was expected."""
-    if not condition:
-        raise ConfigError(f"{key} = {seen!r}: expected {expected}.")
-
-
-def require_choice(value: str, choices: Iterable[str], key: str) -> None:
-    """Raises a ConfigError naming the nearest choice if `value` is none of `choices`."""
-    choices = tuple(choices)
-    if value not in choices:
-        raise ConfigError(
-            f"{key} = {value!r}: expected one of {', '.join(choices)}.{nearest(value, choices)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -158,96 +143,6 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where prepared rows lie: `root/tokenizer.json`, `root/<source>/<split>-<length>/`.
-
-    `embedded_bytes` > 0 prepares text found on any machine with Python under `root` first, at
-    most so many bytes of each source. `source_tokens` says how many tokens a source is expected
-    to hold: the dry run reckons with it until the source is prepared.
-    """
-
-    root: str = "data"
-    embedded_bytes: int = 0
-    source_tokens: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices per mesh axis; 0 means chosen, for each stage anew."""
-
-    slice: int = 0
-    data: int = 0
-    fsdp: int = 0
-    tensor: int = 0
-    context: int = 0
-
-
-@dataclass(frozen=True)
-class LayoutConfig:
-    """How a step is laid out on its mesh.
-
-    `gather`: weights split over `fsdp` are gathered `once` before the loops and microbatches and
-    gradients reduced once after them, or in `each_loop`. `remat`: what is recomputed.
-    `microbatch_rows`: rows per device of a microbatch (0: chosen).
-    """
-
-    gather: str = "auto"
-    remat: str = "auto"
-    microbatch_rows: int = 0
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and clipping (paper, Table 1). The paper does not state `eps`: 1e-8 is optax's."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """A checkpoint every so many tokens; the newest `keep` stay, and one for ever per stage."""
-
-    every_tokens: int = 1_000_000_000
-    keep: int = 2
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Held-out loss per source every so many tokens, read out after loops 1 … `num_loops`.
-
-    `ngram_baselines` fits unigram and bigram models on all that the run saw: for small runs.
-    """
-
-    every_tokens: int = 1_000_000_000
-    rows_per_source: int = 512
-    num_loops: int = 8
-    ngram_baselines: bool = False
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """A training record every so many steps; Weights & Biases only if a project is named."""
-
-    every_steps: int = 10
-    tensorboard: bool = True
-    wandb_project: str = ""
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """A profiler trace of `num_steps` steps from step `start_step` of the run on (0: none).
-
-    `num_steps` also is the length of a trace asked for by the file `WORKDIR/profile_now`.
-    """
-
-    start_step: int = 0
-    num_steps: int = 3
-
-
-@dataclass(frozen=True)
 class Config:
     """One run: a linear stream of stages in one workdir, and all it needs.
 
@@ -267,6 +162,8 @@ class Config:
     layout: LayoutConfig = LayoutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -293,13 +190,20 @@ class Config:
             ("evaluation.num_loops", self.evaluation.num_loops),
             ("logging.every_steps", self.logging.every_steps),
             ("profile.num_steps", self.profile.num_steps),
+            ("guard.patience", self.guard.patience),
         ):
             require(value >= 1, key, value, "at least 1")
         for source, tokens in self.data.source_tokens.items():
             require(tokens >= 1, f"data.source_tokens.{source}", tokens, "at least 1")
-        rows, start = self.layout.microbatch_rows, self.profile.start_step
-        require(rows >= 0, "layout.microbatch_rows", rows, "0 (chosen) or more")
-        require(start >= 0, "profile.start_step", start, "0 (no trace) or more")
+        for key, value, zero in (
+            ("layout.microbatch_rows", self.layout.microbatch_rows, "chosen"),
+            ("profile.start_step", self.profile.start_step, "no trace"),
+            ("checkpoint.every_minutes", self.checkpoint.every_minutes, "none by time"),
+            ("data.max_bad_rows", self.data.max_bad_rows, "none"),
+            *((f"guard.{f}", v, "none") for f, v in dataclasses.asdict(self.guard).items()),
+            *((f"deadlines.{f}", v, "none") for f, v in dataclasses.asdict(self.deadlines).items()),
+        ):
+            require(value >= 0, key, value, f"0 ({zero}) or more")
         for key in ("clip_norm", "eps"):
             value = getattr(self.optimizer, key)
             require(value > 0, f"optimizer.{key}", value, "more than 0")

@@ -18,7 +18,7 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel import hosts
 
 

@@ -10,7 +10,6 @@ from ouro_jax.config import (
     STAGE_ORDER,
     CheckpointConfig,
     Config,
-    ConfigError,
     DataConfig,
     EvaluationConfig,
     LayoutConfig,
@@ -27,6 +26,7 @@ from ouro_jax.config import (
     to_config_dict,
     to_dict,
 )
+from ouro_jax.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STAGE = Stage(
@@ -118,7 +118,10 @@ def test_a_wrong_stage_names_the_key_the_value_and_what_is_expected(changes, wor
             ["data.source_tokens.code = 0", "at least 1"],
         ),
         ({"checkpoint": CheckpointConfig(keep=0)}, ["checkpoint.keep = 0", "at least 1"]),
-        ({"checkpoint": CheckpointConfig(0)}, ["checkpoint.every_tokens = 0", "at least 1"]),
+        (
+            {"checkpoint": CheckpointConfig(every_tokens=0)},
+            ["checkpoint.every_tokens = 0", "at least 1"],
+        ),
         ({"evaluation": EvaluationConfig(0)}, ["evaluation.every_tokens = 0", "at least 1"]),
         ({"evaluation": EvaluationConfig(num_loops=0)}, ["evaluation.num_loops = 0"]),
         ({"evaluation": EvaluationConfig(rows_per_source=0)}, ["evaluation.rows_per_source = 0"]),

@@ -40,6 +40,6 @@ def get_config() -> ConfigDict:
     return to_config_dict(
         dataclasses.replace(
             full, name="ouro_1p4b_rates", stages={"stable_1a": stage},
-            checkpoint=dataclasses.replace(full.checkpoint, every_tokens=2 * BILLION, keep=1),
+            checkpoint=dataclasses.replace(full.checkpoint, every_tokens=10 * BILLION, keep=1),
         )
     )  # fmt: skip

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ouro_jax.config import STAGE_ORDER, ConfigError, ModelConfig
+from ouro_jax.config import STAGE_ORDER, ModelConfig
+from ouro_jax.errors import ConfigError
 from ouro_jax.interop.huggingface import load_huggingface
 from ouro_jax.training.checkpoints import latest_stage, load_params, stage_steps
 from ouro_jax.training.start import is_huggingface

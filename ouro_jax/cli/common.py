@@ -15,7 +15,8 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from ouro_jax.config import Config, ConfigError, RunError, from_config_dict, nearest
+from ouro_jax.config import Config, from_config_dict
+from ouro_jax.errors import ConfigError, RunError, nearest
 
 FLAGS = flags.FLAGS
 

@@ -16,7 +16,8 @@ from absl import flags
 
 from ouro_jax.cli.checkpoint import open_checkpoint
 from ouro_jax.cli.common import required, run_verb
-from ouro_jax.config import ConfigError, num_parameters
+from ouro_jax.config import num_parameters
+from ouro_jax.errors import ConfigError
 
 flags.DEFINE_string("from", "", "Hugging Face folder, or workdir or stage of a run.")
 flags.DEFINE_string("to", "", "Folder to write; new or empty.")

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from ouro_jax.cli.common import FLAGS, config_from_flags, define_config, required, run_verb
 from ouro_jax.cli.data_progress import preparation_note, show_progress
-from ouro_jax.config import ConfigError, require, require_choice
+from ouro_jax.errors import ConfigError, require, require_choice
 
 flags.DEFINE_string("input", "", "Files to read: a path or a pattern, ** goes into folders.")
 flags.DEFINE_string(

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ouro_jax.cli.common import FLAGS, required, run_verb
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 
 flags.DEFINE_string("checkpoint", "", "Workdir, stage folder or Hugging Face folder.")
 flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from ouro_jax.config import nearest
+from ouro_jax.errors import nearest
 
 VERBS = {
     "train": "run or continue a curriculum",

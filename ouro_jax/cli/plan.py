@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ouro_jax.cli.common import FLAGS, config_from_flags, define_config, required, run_verb
-from ouro_jax.config import Config, ConfigError, require, require_choice
+from ouro_jax.config import Config
+from ouro_jax.errors import ConfigError, require, require_choice
 from ouro_jax.planning.topologies import Topology, parse_topology
 
 define_config()

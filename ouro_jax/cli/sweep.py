@@ -27,7 +27,8 @@ from absl import flags
 from rich.console import Console
 
 from ouro_jax.cli.common import FLAGS, call_file, required, run_verb
-from ouro_jax.config import ConfigError, RunError, require, require_choice, to_dict
+from ouro_jax.config import to_dict
+from ouro_jax.errors import ConfigError, RunError, require, require_choice
 from ouro_jax.experiments.sweep import PlannedRun, Sweep, plan_runs
 
 flags.DEFINE_string("workdir", "", "Folder of the sweep: a folder for each run, and the results.")

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ouro_jax.cli.common import FLAGS, config_from_flags, define_config, required, run_verb
-from ouro_jax.config import Config, ConfigError
+from ouro_jax.config import Config
+from ouro_jax.errors import ConfigError
 from ouro_jax.training.dry_run import describe
 
 define_config()

@@ -9,7 +9,6 @@ back to the program that started it.
 import os
 from collections.abc import Sequence
 
-from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.prepare import (
     Manifest,
@@ -19,6 +18,7 @@ from ouro_jax.data.prepare import (
     preparing,
     write_part,
 )
+from ouro_jax.errors import ConfigError, RunError
 
 FAILED = "failed"
 # Workers tell of every connection otherwise, and an error drowns in it.

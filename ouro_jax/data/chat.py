@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from ouro_jax.config import ConfigError, require_choice
 from ouro_jax.data.packing import Document
 from ouro_jax.data.rows import DocumentCounts
 from ouro_jax.data.tokenizer import (
@@ -22,6 +21,7 @@ from ouro_jax.data.tokenizer import (
     end_of_text_id,
     special_id,
 )
+from ouro_jax.errors import ConfigError, require_choice
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.clean_parts import (
     DOCUMENT,
     DOCUMENTS,
@@ -43,6 +42,7 @@ from ouro_jax.data.fingerprints import (
 )
 from ouro_jax.data.folder import TEMPORARY, Folder
 from ouro_jax.data.workers import Work, run_pieces
+from ouro_jax.errors import ConfigError, RunError
 
 REPORT, MARK = "report.json", f"{UNFINISHED}/cleaning.txt"
 SHOWN_SOURCES = 40

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.clean_plan import Cleaning
 from ouro_jax.data.corpus import BadRecords, Content, Span, read_records, texts_of
 from ouro_jax.data.files import File
@@ -15,6 +14,7 @@ from ouro_jax.data.fingerprints import is_among, passage_hashes, signature, word
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.readers import BrokenFile, Fields, JsonLines
 from ouro_jax.data.workers import Advance
+from ouro_jax.errors import ConfigError
 
 UNFINISHED, SIGNATURES, DOCUMENTS = "unfinished", ".signatures", ".npz"
 ADVANCE_BYTES = 1 << 20

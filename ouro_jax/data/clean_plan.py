@@ -8,10 +8,10 @@ from dataclasses import astuple, dataclass
 from pathlib import PurePath
 from typing import Any
 
-from ouro_jax.config import ConfigError, require
 from ouro_jax.data.corpus import Corpus, Span, plan_parts
 from ouro_jax.data.files import File, file_system, find_files
 from ouro_jax.data.fingerprints import datasketch
+from ouro_jax.errors import ConfigError, require
 
 PART_BYTES = 1 << 28  # 256 MiB of input are about half a minute of one core
 

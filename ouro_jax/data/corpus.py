@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ouro_jax.config import ConfigError, nearest, require, require_choice
 from ouro_jax.data.chat import Message, question_messages, read_messages
 from ouro_jax.data.files import File, open_file
 from ouro_jax.data.readers import (
@@ -21,6 +20,7 @@ from ouro_jax.data.readers import (
     TextFile,
     row_group_sizes,
 )
+from ouro_jax.errors import ConfigError, nearest, require, require_choice
 
 READERS: Mapping[str, type[Reader]] = {
     "jsonl": JsonLines,

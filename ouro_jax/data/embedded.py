@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ouro_jax.config import ConfigError, require_choice
 from ouro_jax.data import arithmetic, stdlib_text
 from ouro_jax.data.corpus import Corpus, texts_of
 from ouro_jax.data.prepare import plan_preparation, prepare
 from ouro_jax.data.splits import in_split
 from ouro_jax.data.tokenizer import train_tokenizer
+from ouro_jax.errors import ConfigError, require_choice
 
 SOURCES = ("code", "prose", "math", "sft")
 SPLITS = ("train", "heldout")

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ouro_jax.config import ConfigError, RunError, require
+from ouro_jax.errors import ConfigError, RunError, require
 
 # When a file was written, as gs://, s3:// and memory:// call it.
 _MODIFIED = ("mtime", "LastModified", "created")

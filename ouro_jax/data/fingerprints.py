@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 
 SHINGLE_WORDS = 5  # a document with fewer has no near duplicates, only exact ones
 PASSAGE_WORDS = 13  # shared with an evaluation text, they are a contamination

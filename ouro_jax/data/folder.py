@@ -15,8 +15,8 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.files import file_system, refusals
+from ouro_jax.errors import ConfigError
 
 TEMPORARY = ".unfinished-"
 

@@ -20,12 +20,12 @@ import grain
 import numpy as np
 from etils import epath
 
-from ouro_jax.config import ConfigError, nearest
 from ouro_jax.data.batch import Batch, batch_from_rows
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.interleave import Interleave
 from ouro_jax.data.rows import MANIFEST, OPEN_SHARDS, Manifest, Row, RowSource, open_rows
 from ouro_jax.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_hash
+from ouro_jax.errors import ConfigError, nearest
 
 # Grain seeds epoch e of a shuffle with seed + e: with seeds this far apart, no two sources share
 # a permutation for so many epochs.

@@ -17,7 +17,6 @@ from typing import cast
 
 from tokenizers import Tokenizer
 
-from ouro_jax.config import ConfigError, RunError, require, require_choice
 from ouro_jax.data.chat import Message, chat_documents
 from ouro_jax.data.corpus import (
     BadRecords,
@@ -50,6 +49,7 @@ from ouro_jax.data.tokenizer import (
     vocabulary_size,
 )
 from ouro_jax.data.workers import Advance, run_pieces
+from ouro_jax.errors import ConfigError, RunError, require, require_choice
 
 SPLITS = ("all", "train", "heldout")
 UNFINISHED, SKIPPED, SHARD_SUFFIX = "unfinished", "skipped.txt", ".array_record"

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from ouro_jax.config import ConfigError, nearest
 from ouro_jax.data.files import open_file
+from ouro_jax.errors import ConfigError, nearest
 
 BLOCK = 1 << 20  # bytes of a read; lines are cut out of blocks
 COMPRESSED_BLOCK = 1 << 17  # what is decompressed at once, and lost where it is damaged

@@ -21,9 +21,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.workers import Advance, run_pieces
+from ouro_jax.errors import ConfigError, RunError
 
 T = TypeVar("T")
 FORMAT = "ouro_jax rows 2"

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 from tokenizers import Tokenizer
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.rows import Manifest, open_rows
 from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash
+from ouro_jax.errors import ConfigError
 
 
 def describe_manifest(manifest: Manifest) -> str:

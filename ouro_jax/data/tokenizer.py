@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.packing import Document
 from ouro_jax.data.rows import DocumentCounts
+from ouro_jax.errors import ConfigError
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # What other tokenizers call the token after a document, tried in this order.

@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_end
 from typing import Any
 
-from ouro_jax.config import RunError, require
+from ouro_jax.errors import RunError, require
 
 TICK_SECONDS = 0.5
 Advance = Callable[[int, int], None]

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ouro_jax.config import Config, ConfigError, from_config_dict, nearest
+from ouro_jax.config import Config, from_config_dict
+from ouro_jax.errors import ConfigError, nearest
 
 Overrides = dict[str, Any]
 

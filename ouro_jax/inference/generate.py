@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ouro_jax.config import ConfigError, ModelConfig, require, require_choice
+from ouro_jax.config import ModelConfig
+from ouro_jax.errors import ConfigError, require, require_choice
 from ouro_jax.inference.decode import PREFILL_CHUNK, Program, Rows, cast_params, decode, prefill
 from ouro_jax.inference.sampling import Sampling, row_keys
 from ouro_jax.model.exit import parse_exit_rule

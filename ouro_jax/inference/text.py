@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.chat import render_prompt
 from ouro_jax.data.tokenizer import END_OF_TEXT_NAMES, IM_END, encode
+from ouro_jax.errors import ConfigError
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # From shallow to deep; basic colours, which every terminal has.

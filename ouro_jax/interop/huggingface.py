@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ouro_jax.config import ConfigError, ModelConfig
+from ouro_jax.config import ModelConfig
+from ouro_jax.errors import ConfigError
 from ouro_jax.interop.huggingface_config import config_from_json, config_to_json
 from ouro_jax.interop.safetensors_file import (
     DTYPES,

@@ -7,7 +7,8 @@ change nothing here and are carried along.
 from collections.abc import Mapping
 from typing import Any
 
-from ouro_jax.config import DTYPES, ConfigError, ModelConfig
+from ouro_jax.config import DTYPES, ModelConfig
+from ouro_jax.errors import ConfigError
 
 # ModelConfig's name to Hugging Face's, for the fields that every checkpoint states. The class
 # defaults of the released code are Qwen2 leftovers and fit no checkpoint, so none is assumed.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from ouro_jax.config import ConfigError, nearest
+from ouro_jax.errors import ConfigError, nearest
 
 EXIT_RULES = {
     "static": "a whole number of loops, at least 1, as in static:2",

@@ -19,7 +19,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask
 from jax.sharding import Mesh, PartitionSpec
 
-from ouro_jax.config import ConfigError, ModelConfig
+from ouro_jax.config import ModelConfig
+from ouro_jax.errors import ConfigError
 from ouro_jax.model.attention import Attention, attend, dense_attention
 from ouro_jax.parallel.mesh import BATCH_AXES
 

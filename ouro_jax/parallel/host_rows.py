@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.attention import balance_order
 from ouro_jax.parallel.mesh import batch_shards
 

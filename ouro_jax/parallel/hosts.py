@@ -37,7 +37,7 @@ from jax._src import cloud_tpu_init
 from jax._src.distributed import global_state
 from jax.errors import JaxRuntimeError
 
-from ouro_jax.config import ConfigError, RunError
+from ouro_jax.errors import ConfigError, RunError
 
 JOIN_SECONDS = 300  # the hosts of a pod come up minutes apart
 HEARTBEAT_SECONDS = 45

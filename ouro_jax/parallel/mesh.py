@@ -17,7 +17,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ouro_jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig
+from ouro_jax.config import MESH_AXES, MeshConfig, ModelConfig
+from ouro_jax.errors import ConfigError
 
 BATCH_AXES = ("slice", "data", "fsdp")
 

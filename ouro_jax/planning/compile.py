@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ouro_jax
-from ouro_jax.config import ConfigError, RunError
+from ouro_jax.errors import ConfigError, RunError
 from ouro_jax.planning.programs import Request
 from ouro_jax.planning.topologies import environment
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from ouro_jax.config import RunError
+from ouro_jax.errors import RunError
 
 KINDS = (
     "all-gather",

@@ -21,8 +21,9 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from ouro_jax.config import ConfigError, ModelConfig, OptimizerConfig
+from ouro_jax.config import ModelConfig, OptimizerConfig
 from ouro_jax.data.batch import Batch
+from ouro_jax.errors import ConfigError
 from ouro_jax.inference.decode import Program, Rows, cast_params, decode, prefill
 from ouro_jax.inference.sampling import Sampling
 from ouro_jax.model.cache import empty_cache

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ouro_jax.config import ConfigError, nearest
+from ouro_jax.errors import ConfigError, nearest
 from ouro_jax.parallel.chips import CHIPS
 
 SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

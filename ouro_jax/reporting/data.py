@@ -17,9 +17,9 @@ from matplotlib.ticker import PercentFormatter
 from rich import box
 from rich.table import Table
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.mixture import Mixture
 from ouro_jax.data.rows import Manifest, RowSource
+from ouro_jax.errors import ConfigError
 from ouro_jax.reporting.history import short_count
 from ouro_jax.reporting.plots import STAND_INS, STYLE, WIDE
 from ouro_jax.reporting.style import CSS

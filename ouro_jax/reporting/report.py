@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from ouro_jax.config import Config, ConfigError, from_config_dict
+from ouro_jax.config import Config, from_config_dict
+from ouro_jax.errors import ConfigError
 from ouro_jax.reporting import page, plots
 from ouro_jax.reporting.history import RunHistory, sort_records
 from ouro_jax.training.run_log import FILE_NAME, read_log

@@ -14,7 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ouro_jax.config import STAGE_ORDER, ConfigError, ModelConfig, to_dict
+from ouro_jax.config import STAGE_ORDER, ModelConfig, to_dict
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.hosts import barrier, from_first
 from ouro_jax.training.state import TrainState, abstract_params
 

@@ -9,8 +9,9 @@ import math
 from collections import Counter
 from functools import cached_property
 
-from ouro_jax.config import GATE_OBJECTIVES, Config, ConfigError, ModelConfig, Stage
+from ouro_jax.config import GATE_OBJECTIVES, Config, ModelConfig, Stage
 from ouro_jax.data.interleave import Interleave
+from ouro_jax.errors import ConfigError
 from ouro_jax.model.flops import train_flops_per_token
 
 # A microbatch of about 8K tokens per device keeps matrix products large and memory small.

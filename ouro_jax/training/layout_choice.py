@@ -12,14 +12,8 @@ from typing import Any
 
 import jax
 
-from ouro_jax.config import (
-    GATE_OBJECTIVES,
-    Config,
-    ConfigError,
-    MeshConfig,
-    ModelConfig,
-    num_parameters,
-)
+from ouro_jax.config import GATE_OBJECTIVES, Config, MeshConfig, ModelConfig, num_parameters
+from ouro_jax.errors import ConfigError
 from ouro_jax.model.flops import RECOMPUTED, hardware_flops_per_token
 from ouro_jax.parallel.attention import balance_order
 from ouro_jax.parallel.chips import Chip, chip_of

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TextIO
 
 from tensorboardX import SummaryWriter
 
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 
 FILE_NAME = "metrics.jsonl"
 # What places or sizes a record and is no curve of its own.

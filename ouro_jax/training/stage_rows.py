@@ -2,8 +2,9 @@
 
 from etils import epath
 
-from ouro_jax.config import Config, ConfigError
+from ouro_jax.config import Config
 from ouro_jax.data.mixture import Mixture, open_mixture
+from ouro_jax.errors import ConfigError
 from ouro_jax.training.curriculum import StagePlan, first_rows
 
 

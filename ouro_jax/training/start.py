@@ -14,8 +14,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from ouro_jax.config import GATE_OBJECTIVES, Config, ConfigError, ModelConfig, check_transition
+from ouro_jax.config import GATE_OBJECTIVES, Config, ModelConfig, check_transition
 from ouro_jax.data.interleave import Interleave
+from ouro_jax.errors import ConfigError
 from ouro_jax.interop.huggingface import load_huggingface, read_json
 from ouro_jax.interop.huggingface_config import config_from_json
 from ouro_jax.training.checkpoints import (

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from ouro_jax.config import Config, ConfigError, to_dict
+from ouro_jax.config import Config, to_dict
 from ouro_jax.data.embedded import SOURCES, build_embedded
 from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.hosts import barrier, require_same, require_shared
 from ouro_jax.parallel.mesh import make_mesh, use_mesh
 from ouro_jax.training.checkpoints import StageCheckpoints, stage_steps

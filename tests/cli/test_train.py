@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from micro_run import ROOT, micro_config, ouro, write_config
 
-from ouro_jax.config import ConfigError, DataConfig, LayoutConfig, MeshConfig
+from ouro_jax.config import DataConfig, LayoutConfig, MeshConfig
+from ouro_jax.errors import ConfigError
 from ouro_jax.interop.huggingface import save_huggingface
 from ouro_jax.model.loop_lm import LoopLM
 from ouro_jax.training import stage_run, trainer

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.beam import FAILED, prepare_with_beam
 from ouro_jax.data.corpus import Corpus
 from ouro_jax.data.prepare import plan_preparation, prepare, write_part
 from ouro_jax.data.tokenizer import train_tokenizer
+from ouro_jax.errors import ConfigError, RunError
 
 TEXTS = [f"Document {i}: " + "the quick brown fox, é. " * (i % 7) for i in range(300)]
 TWO_PROCESSES = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]

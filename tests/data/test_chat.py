@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data import tokenizer as tokenizer_module
 from ouro_jax.data.chat import (
     ROLES,
@@ -17,6 +16,7 @@ from ouro_jax.data.chat import (
 )
 from ouro_jax.data.packing import pack
 from ouro_jax.data.rows import DocumentCounts
+from ouro_jax.errors import ConfigError
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},

@@ -15,12 +15,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data import clean as clean_module
 from ouro_jax.data.clean import clean, describe_report
 from ouro_jax.data.clean_plan import plan_cleaning
 from ouro_jax.data.corpus import Corpus
 from ouro_jax.data.folder import Folder
+from ouro_jax.errors import ConfigError, RunError
 
 WORDS = [f"word{number}" for number in range(5000)]
 

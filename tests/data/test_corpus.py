@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.corpus import (
     FORMATS,
     BadRecords,
@@ -19,6 +18,7 @@ from ouro_jax.data.corpus import (
     read_documents,
 )
 from ouro_jax.data.files import File, find_files, open_file
+from ouro_jax.errors import ConfigError
 
 DAY = 1_700_000_000.0
 

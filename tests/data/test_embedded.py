@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.embedded import build_embedded
 from ouro_jax.data.mixture import list_sources
 from ouro_jax.data.rows import open_rows, verify_rows
+from ouro_jax.errors import ConfigError
 
 
 def contents(root: Path) -> dict[str, str]:

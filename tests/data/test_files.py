@@ -6,8 +6,8 @@ import time
 import pytest
 from fsspec.registry import get_filesystem_class, known_implementations
 
-from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.files import File, file_system, find_files, open_file
+from ouro_jax.errors import ConfigError, RunError
 
 TREE = {"b.txt": b"22", "a.txt": b"1", "deep/c.txt": b"333", "deep/er/d.txt": b"4444", "e.md": b""}
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from etils import epath
 
-from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.clean import clean
 from ouro_jax.data.clean_plan import plan_cleaning
 from ouro_jax.data.corpus import Corpus
@@ -18,6 +17,7 @@ from ouro_jax.data.folder import Folder
 from ouro_jax.data.mixture import heldout_batches, list_sources, open_mixture
 from ouro_jax.data.prepare import plan_preparation, prepare, prepare_tokenizer, write_part
 from ouro_jax.data.rows import Row, open_rows, verify_rows
+from ouro_jax.errors import ConfigError, RunError
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.stage_rows import open_stage_mixture
 from tests.data.fake_gcs import FakeGcs

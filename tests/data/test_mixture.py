@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.batch import batch_from_rows
 from ouro_jax.data.interleave import Interleave
 from ouro_jax.data.mixture import (
@@ -26,6 +25,7 @@ from ouro_jax.data.mixture import (
 )
 from ouro_jax.data.rows import Row
 from ouro_jax.data.tokenizer import token_byte_lengths
+from ouro_jax.errors import ConfigError
 
 WEIGHTS = {"code": 0.5, "prose": 0.3, "sft": 0.2}
 

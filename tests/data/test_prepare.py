@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.corpus import Corpus
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.mixture import open_mixture
@@ -26,6 +25,7 @@ from ouro_jax.data.prepare import (
 )
 from ouro_jax.data.rows import open_rows, read_manifest, verify_rows
 from ouro_jax.data.show import describe_manifest, describe_rows
+from ouro_jax.errors import ConfigError, RunError
 
 TEXTS = [f"Document {i}: " + "the quick brown fox, é. " * (i % 5) for i in range(200)]
 BODY = Corpus(field="body")

@@ -12,10 +12,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.corpus import BadRecords, Corpus, plan_parts, read_documents
 from ouro_jax.data.files import File, find_files
 from ouro_jax.data.readers import open_text
+from ouro_jax.errors import ConfigError
 
 MANY = 10**9
 ZSTD = zstandard.ZstdCompressor(write_checksum=True)

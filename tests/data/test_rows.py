@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from prepared import write_rows
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.rows import (
     Row,
@@ -18,6 +17,7 @@ from ouro_jax.data.rows import (
     verify_rows,
     write_shard,
 )
+from ouro_jax.errors import ConfigError
 
 LENGTH = 12
 

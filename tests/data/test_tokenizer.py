@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.rows import DocumentCounts
 from ouro_jax.data.tokenizer import (
     encode,
@@ -21,6 +20,7 @@ from ouro_jax.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from ouro_jax.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ouro_jax.config import ConfigError, RunError
 from ouro_jax.data.workers import run_pieces
+from ouro_jax.errors import ConfigError, RunError
 
 
 def square(piece, advance):

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from micro_run import micro_config
 
-from ouro_jax.config import ConfigError, from_config_dict, to_config_dict, to_dict
+from ouro_jax.config import from_config_dict, to_config_dict, to_dict
+from ouro_jax.errors import ConfigError
 from ouro_jax.experiments.sweep import Sweep, chain, one_of, plan_runs, product, zipped
 
 BASE = to_dict(micro_config("data"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 from ouro_jax.inference.generate import generate
 from ouro_jax.interop.huggingface import load_huggingface
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.tokenizer import encode, train_tokenizer
+from ouro_jax.errors import ConfigError
 from ouro_jax.inference.text import (
     TextStream,
     annotated,

@@ -14,7 +14,8 @@ import reference
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ouro_jax.config import ConfigError, ModelConfig
+from ouro_jax.config import ModelConfig
+from ouro_jax.errors import ConfigError
 from ouro_jax.interop.huggingface import load_huggingface, save_huggingface
 
 LAYER_Q = "model.layers.0.self_attn.q_proj.weight"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 from ouro_jax.model.exit import (
     ExitRule,
     confidence_exit,

@@ -21,7 +21,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from ouro_jax.config import ConfigError, MeshConfig, ModelConfig
+from ouro_jax.config import MeshConfig, ModelConfig
+from ouro_jax.errors import ConfigError
 from ouro_jax.model.attention import dense_attention
 from ouro_jax.parallel import attention
 from ouro_jax.parallel.attention import attention_for, balance_order

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from micro_run import ROOT, command, free_port, micro_config, ouro, virtual_devices, write_config
 
-from ouro_jax.config import ConfigError, MeshConfig
+from ouro_jax.config import MeshConfig
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel import hosts
 from ouro_jax.parallel.attention import balance_order
 from ouro_jax.parallel.host_rows import DataHost, divide, place

@@ -7,7 +7,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from ouro_jax.config import ConfigError, MeshConfig, ModelConfig
+from ouro_jax.config import MeshConfig, ModelConfig
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.mesh import (
     LOGICAL_AXIS_RULES,
     batch_sharding,

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from ouro_jax.config import ConfigError, MeshConfig, ModelConfig, RunError
+from ouro_jax.config import MeshConfig, ModelConfig
+from ouro_jax.errors import ConfigError, RunError
 from ouro_jax.planning.compile import compile_all, folder_of
 from ouro_jax.planning.programs import Request, refusal
 from ouro_jax.planning.topologies import parse_topology

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.chips import CHIPS
 from ouro_jax.planning.topologies import KINDS, Topology, devices, grids, parse_topology
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ouro_jax.config import ConfigError
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.interleave import Interleave
 from ouro_jax.data.mixture import Mixture
 from ouro_jax.data.rows import Manifest, Row, open_rows, write_manifest, write_shard
+from ouro_jax.errors import ConfigError
 from ouro_jax.reporting.data import (
     draw_rows,
     light_colours,

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 from ouro_jax.reporting.report import PLOTS, write_report
 from ouro_jax.training.timing import LOST_PARTS, PARTS
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ouro_jax.config import ConfigError, MeshConfig, ModelConfig, OptimizerConfig
+from ouro_jax.config import MeshConfig, ModelConfig, OptimizerConfig
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.mesh import make_mesh
 from ouro_jax.training.checkpoints import (
     Position,

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouro_jax.config import Config, ConfigError, ModelConfig, Stage, from_config_dict
+from ouro_jax.config import Config, ModelConfig, Stage, from_config_dict
+from ouro_jax.errors import ConfigError
 from ouro_jax.training.curriculum import StagePlan, first_rows, microbatch_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"

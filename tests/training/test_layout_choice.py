@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ouro_jax.config import (
-    ConfigError,
-    LayoutConfig,
-    MeshConfig,
-    from_config_dict,
-    num_parameters,
-)
+from ouro_jax.config import LayoutConfig, MeshConfig, from_config_dict, num_parameters
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.chips import CHIPS
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.layout import Layout

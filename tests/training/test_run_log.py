@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from ouro_jax.config import ConfigError
+from ouro_jax.errors import ConfigError
 from ouro_jax.training.run_log import RunLog, read_log, scalars_of
 
 

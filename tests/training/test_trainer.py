@@ -16,10 +16,11 @@ from micro_run import BATCH, command, micro_config, ouro, write_config
 
 import ouro_jax
 from ouro_jax.cli.checkpoint import open_checkpoint
-from ouro_jax.config import ConfigError, DataConfig, MeshConfig
+from ouro_jax.config import DataConfig, MeshConfig
 from ouro_jax.data.interleave import Interleave
 from ouro_jax.data.rows import read_manifest
 from ouro_jax.data.tokenizer import load_tokenizer
+from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.mesh import make_mesh
 from ouro_jax.training import trainer
 from ouro_jax.training.checkpoints import StageCheckpoints, load_params, load_position
