@@ -5,11 +5,25 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """Something the user wrote is wrong: a key, a flag, a file. The command leaves with code 2."""
+    """Something the user wrote is wrong: a key, a flag, a file."""
+
+    exit_code = 2
 
 
 class RunError(RuntimeError):
-    """A failure that its message explains, as a full disk. The command leaves with code 1."""
+    """A failure that its message explains, as a full disk."""
+
+    exit_code = 1
+
+
+class Stopped(RunError):
+    """The run was asked to stop, and has saved where it stands: the same command goes on.
+
+    75 is `EX_TEMPFAIL` of sysexits.h: try again later. Launchers start such a run again and do not
+    count it as a failure.
+    """
+
+    exit_code = 75
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -1,7 +1,8 @@
 """What all verbs share: parsing, exit codes, `--help`, `--json`, reading the config flag.
 
-Exit codes: 0 success, 2 a wrong config, flag or input, 1 anything else, with its
-traceback unless the message says it all.
+Exit codes: 0 success, 2 a wrong config, flag or input, 130 interrupted, 1 anything else, with its
+traceback unless the message says it all. Training also has 75, stopped as asked after saving, and
+124, ended by its watchdog.
 """
 
 import itertools
@@ -62,12 +63,9 @@ def run_verb(
     logging.set_verbosity(logging.ERROR)
     try:
         result = main(*_parse(sys.argv, max_words))
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

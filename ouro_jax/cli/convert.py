@@ -14,8 +14,8 @@ from typing import Any
 
 from absl import flags
 
-from ouro_jax.cli.checkpoint import open_checkpoint
 from ouro_jax.cli.common import required, run_verb
+from ouro_jax.cli.open_checkpoint import open_checkpoint
 from ouro_jax.config import num_parameters
 from ouro_jax.errors import ConfigError
 

@@ -43,7 +43,7 @@ def main() -> Mapping[str, Any]:
     if not all(prompts) or not prompts:
         raise ConfigError("--prompt is missing or empty: e.g. --prompt='def main():'")
     # Loading jax and Orbax takes seconds; a wrong flag should not wait for them.
-    from ouro_jax.cli.checkpoint import open_checkpoint
+    from ouro_jax.cli.open_checkpoint import open_checkpoint
     from ouro_jax.data.tokenizer import load_tokenizer
     from ouro_jax.inference.generate import generate
     from ouro_jax.inference.text import TextStream, coloured, decode_text, encode_prompt, stop_ids

@@ -41,7 +41,7 @@ def main() -> Mapping[str, Any]:
 
 def make_samples(workdir: str) -> list[Any]:
     """What the run's newest checkpoint makes of the prompts; none before the first checkpoint."""
-    from ouro_jax.cli.checkpoint import has_checkpoint, open_checkpoint
+    from ouro_jax.cli.open_checkpoint import has_checkpoint, open_checkpoint
     from ouro_jax.data.tokenizer import encode, load_tokenizer
     from ouro_jax.inference.generate import generate
     from ouro_jax.inference.text import pieces, stop_ids

@@ -5,9 +5,14 @@
   ouro train --config=configs/tiny.py --workdir=runs/long --config.stages.anneal.tokens=500_000
   ouro train … --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0
 
-Repeating the command continues a run that was stopped. `--dry_run` prints the curriculum as
-tables, with what each source contributes and how many epochs that is, and needs no workdir, data
-or tokenizer: what a source holds is read from its manifest, else from `data.source_tokens`.
+Repeating the command continues a run that was stopped, from its newest whole checkpoint. SIGTERM
+asks it to save at its next step and to end, with code 75. Going on with another config is refused,
+unless the keys that changed are free to change (where files lie, how often things are written, how
+the work is laid out) or named: `--allow_config_change=stages.anneal.tokens,seed`.
+
+`--dry_run` prints the curriculum as tables, with what each source contributes and how many epochs
+that is, and needs no workdir, data or tokenizer: what a source holds is read from its manifest,
+else from `data.source_tokens`.
 
 Several processes, one to a host or GPU, run the same command with the same shared workdir. Under
 SLURM (`srun`) and on TPU pods they find each other, elsewhere by the three flags of the last
@@ -30,6 +35,7 @@ from ouro_jax.training.dry_run import describe
 define_config()
 flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, log, report.")
 flags.DEFINE_bool("dry_run", False, "Print the curriculum and leave.")
+flags.DEFINE_list("allow_config_change", [], "Keys whose change from the saved config is meant.")
 flags.DEFINE_string("coordinator", "", "HOST:PORT where process 0 of several is found.")
 flags.DEFINE_integer("num_processes", 0, "How many processes train together.")
 flags.DEFINE_integer("process_id", 0, "Which of them this is, from 0.")
@@ -52,10 +58,13 @@ def main() -> Mapping[str, Any] | None:
     from ouro_jax.parallel.hosts import joined
     from ouro_jax.reporting.tables import heldout_table
     from ouro_jax.training.run_log import read_log
+    from ouro_jax.training.timing import start_clock
     from ouro_jax.training.trainer import train
 
+    start_clock().mark("imports")
     with joined(*place, detect=FLAGS.distributed == "auto"):
-        result = train(config, workdir)
+        start_clock().mark("join")
+        result = train(config, workdir, FLAGS.allow_config_change)
         if jax.process_index() > 0:
             return None
         Console().print(heldout_table(read_log(workdir)))

@@ -37,7 +37,7 @@ from jax._src import cloud_tpu_init
 from jax._src.distributed import global_state
 from jax.errors import JaxRuntimeError
 
-from ouro_jax.errors import ConfigError, RunError
+from ouro_jax.errors import ConfigError, RunError, Stopped
 
 JOIN_SECONDS = 300  # the hosts of a pod come up minutes apart
 HEARTBEAT_SECONDS = 45
@@ -118,6 +118,20 @@ def from_first(name: str, value: Any, timeout: float = BARRIER_SECONDS) -> Any:
         raise _timed_out(name, timeout, error) from error
 
 
+def from_all(name: str, value: Any, timeout: float = BARRIER_SECONDS) -> list[Any]:
+    """Every process's `value` (what JSON can hold) on every process, in the order of processes.
+
+    Raises RunError where one has not called this within `timeout` seconds.
+    """
+    client: Any = global_state.client
+    if client is None:
+        return [value]
+    key = _once(name)
+    client.key_value_set(f"{key}/{global_state.process_id:06}", json.dumps(value))
+    barrier(f"{name}, from all", timeout)
+    return [json.loads(text) for _, text in sorted(client.key_value_dir_get(key))]
+
+
 def require_same(name: str, value: Mapping[str, Any]) -> None:
     """Returns once every process has given the same `value`; nested mappings that JSON can hold.
 
@@ -183,8 +197,6 @@ def _environment() -> str | None:
 
 
 def _join(where: Mapping[str, Any], seconds: float) -> None:
-    # jax would catch SIGTERM to save at leisure, and the process could not be ended by it.
-    jax.config.update("jax_enable_preemption_service", False)
     # The client's own limit aborts the process without saying whom it waited for.
     limit = threading.Timer(seconds, _leave_unjoined, (seconds,))
     limit.start()
@@ -247,29 +259,45 @@ def _watch(done: threading.Event) -> None:
 
 def _stop_all(error: BaseException, done: threading.Event) -> NoReturn:
     """Tells the others, and leaves."""
-    client: Any = global_state.client
     if isinstance(error, JaxRuntimeError):
         # Perhaps a collective, broken because another process failed: let that one be heard.
         time.sleep(2 * POLL_SECONDS)
     done.set()
+    if isinstance(error, Stopped):  # all of them do, after the same step
+        with contextlib.suppress(RunError):
+            barrier("stopped", timeout=60)
+        _leave(error.exit_code, f"error: {error}")
     code = 1
     if isinstance(error, ConfigError | RunError):
-        code, text = 2 if isinstance(error, ConfigError) else 1, f"error: {error}"
+        code, text = error.exit_code, f"error: {error}"
     elif isinstance(error, KeyboardInterrupt):
         code, text = 130, "interrupted"
     else:
         text = "".join(traceback.format_exception(error)).strip()
-    notice = {"code": code, "text": f"{_me()} failed: {text.removeprefix('error: ')}"}
+    heard = text.removeprefix("error: ")
     if isinstance(error, JaxRuntimeError):
         text += (
             f"\nerror: {_me()} stops. If the lines above tell of a connection or a time limit, "
             f"another process died: its log says of what. {AGAIN}"
         )
+    _tell_all(code, f"{_me()} failed: {heard}")
+    _leave(code, text)
+
+
+def stop_all(code: int, text: str) -> NoReturn:
+    """Ends this process at once, from any thread, and makes the others end with its `code` too."""
+    if global_state.client is not None:
+        _tell_all(code, f"{_me()} stops: {text}")
+    _leave(code, text)
+
+
+def _tell_all(code: int, text: str) -> None:
+    client: Any = global_state.client
+    notice = json.dumps({"code": code, "text": text})
     with contextlib.suppress(JaxRuntimeError):  # nobody hears where process 0 is gone
-        client.key_value_set(f"{STOPPED}/{global_state.process_id}", json.dumps(notice))
+        client.key_value_set(f"{STOPPED}/{global_state.process_id}", notice)
         if global_state.process_id == 0:  # the store ends with this process
             time.sleep(2 * POLL_SECONDS)
-    _leave(code, text)
 
 
 def _leave(code: int, text: str) -> NoReturn:

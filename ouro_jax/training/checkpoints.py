@@ -1,12 +1,14 @@
-"""Checkpoints of a run: one Orbax folder per stage, `WORKDIR/<stage>/<step>/`.
+"""Checkpoints of a run: one Orbax folder per stage, `<stage>/<step>/`, and beside its files their
+checksums.
 
-A checkpoint holds the parameters, the optimizer state, the step and the random key, and as JSON
-the position in the data, the tokens seen, the run's config and the model's own config as of the
-stage. The last one of a finished stage is never deleted.
+A checkpoint holds the parameters, the optimizer state, the step, the random key and the guard of
+the steps, and as JSON the position in the data, the tokens seen, the run's config and the model's
+own config as of the stage. Temporary ones are deleted by policy, permanent ones never.
 """
 
 import dataclasses
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,23 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ouro_jax.config import STAGE_ORDER, ModelConfig, to_dict
-from ouro_jax.errors import ConfigError
-from ouro_jax.parallel.hosts import barrier, from_first
+from ouro_jax.errors import ConfigError, RunError
+from ouro_jax.parallel.hosts import barrier
+from ouro_jax.training.checkpoint_files import (
+    META,
+    delete,
+    list_checkpoints,
+    problems_of,
+    prunable,
+    steps_of,
+    write_sums,
+)
 from ouro_jax.training.state import TrainState, abstract_params
 
-# 2: every stage goes on in its sources where the one before stopped, and may skip rows.
-SCHEMA_VERSION = 2
+# 3: the state has a guard, and checksums lie beside it.
+SCHEMA_VERSION = 3
+# A host that others wait for while a checkpoint is written is not waited for longer.
+SAVE_SECONDS = 1200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +54,22 @@ class Position:
     skip_rows: tuple[tuple[int, int], ...] = ()
 
 
-class StageCheckpoints:
-    """The checkpoints of one stage; saving is asynchronous. Close it, or use `with`."""
+class SaveError(RunError):
+    """A checkpoint could not be written; those before it are as they were."""
 
-    def __init__(self, directory: str | Path, keep: int = 1, read_only: bool = False):
-        self.directory = epath.Path(directory).resolve()
+
+class StageCheckpoints:
+    """The checkpoints of one stage; saving is asynchronous. Close it, or use `with`.
+
+    A save is over when `poll` or `wait` says so: then its checksums are written, and of the
+    temporary checkpoints of the stage only the newest `keep` are left.
+    """
+
+    def __init__(self, directory: str | epath.PathLike, keep: int = 1, read_only: bool = False):
+        self.directory, self._keep = absolute(directory), keep
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only,
-            cleanup_tmp_directories=not read_only,
+            create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only,
+            async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
         )  # fmt: skip
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
@@ -58,38 +79,91 @@ class StageCheckpoints:
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
         )
+        self._saving: int | None = None
+        self._finishing: Future[None] | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checksums")
 
     def __enter__(self) -> "StageCheckpoints":
         return self
 
     def __exit__(self, *_) -> None:
+        self._worker.shutdown()
         self._manager.close()
 
-    def save(self, state: TrainState, position: Position, config: dict[str, Any]) -> None:
-        """Starts writing a checkpoint; returns when the arrays may be changed again."""
-        rest = _rest(state)
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is not over yet."""
+        return self._saving is not None
+
+    def save(
+        self, state: TrainState, position: Position, config: dict[str, Any], *, permanent: bool
+    ) -> None:
+        """Starts writing a checkpoint; returns when the arrays may be changed again.
+
+        Waits for a save that is not over. Raises SaveError if that one or this one fails.
+        """
         self.save_items(
-            position, config,
-            params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest),
+            position, config, permanent=permanent, params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave(_rest(state)),
         )  # fmt: skip
 
-    def save_items(self, position: Position, config: dict[str, Any], **items: Any) -> None:
+    def save_items(
+        self, position: Position, config: dict[str, Any], *, permanent: bool = True, **items: Any
+    ) -> None:
         """Starts writing the Orbax items given, with `position` and `config` as JSON beside."""
-        meta = {"schema_version": SCHEMA_VERSION, "config": config, **_to_json(position)}
-        self._manager.check_for_errors()
-        args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
-        self._manager.save(position.step, args=args, force=True)
+        self._await()
+        meta = {"schema_version": SCHEMA_VERSION, "permanent": permanent, "config": config}
+        args = ocp.args.Composite(meta=ocp.args.JsonSave(meta | _to_json(position)), **items)
+        try:
+            self._manager.save(position.step, args=args, force=True)
+        except (OSError, ValueError) as error:  # what TensorStore makes of a full disk
+            raise self._failed(position.step, error) from error
+        self._saving = position.step
+
+    def poll(self) -> bool:
+        """Whether a save is over since the last call. Raises SaveError if it failed."""
+        if self._saving is None:
+            return False
+        if self._finishing is None:
+            if self._manager.is_saving_in_progress():
+                return False
+            self._finishing = self._worker.submit(self._finish, self._saving)
+        if not self._finishing.done():
+            return False
+        self._await()
+        return True
 
     def wait(self) -> None:
-        """Returns when what all processes saved is on disk; raises what went wrong on the way."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Returns when what all processes saved is over; raises SaveError if it failed."""
+        self._await()
         barrier(f"{self.directory.name} saved")
 
-    def latest(self) -> Position | None:
-        """The position of the newest whole checkpoint that process 0 sees, or None."""
-        step = from_first(f"newest step of {self.directory.name}", self._manager.latest_step())
-        return None if step is None else _read_position(self.directory / str(step))
+    def _await(self) -> None:
+        step, finishing = self._saving, self._finishing
+        if step is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            (finishing or self._worker.submit(self._finish, step)).result()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(step, error) from error
+        finally:
+            self._saving = self._finishing = None
+
+    def _finish(self, step: int) -> None:
+        """Makes the checkpoint whole, in a thread: hashing takes a second for each gigabyte."""
+        self._manager.check_for_errors()
+        if jax.process_index() > 0:
+            return
+        write_sums(self.directory / str(step))
+        stages = list_checkpoints(self.directory.parent)
+        own = [checkpoint for checkpoint in stages if checkpoint.stage == self.directory.name]
+        delete(prunable(own, self._keep))
+
+    def _failed(self, step: int, error: Exception) -> SaveError:
+        first = str(error).split("\n")[0][:300]
+        return SaveError(f"{self.directory / str(step)}: cannot be saved: {first}")
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The state of `step`, laid out as `abstract` says. ConfigError if the shapes differ."""
@@ -117,38 +191,62 @@ class StageCheckpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
 
-def latest_stage(path: str | Path) -> Path:
+def latest_stage(path: str | epath.PathLike) -> epath.Path:
     """The stage folder that `path` means: itself, or the last stage begun of a workdir.
 
     Raises ConfigError if there is no checkpoint.
     """
-    path = Path(path).resolve()
+    path = absolute(path)
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; expected a workdir or one of its stages.")
-    if stage_steps(path):
+    if steps_of(path):
         return path
-    begun = [path / name for name in STAGE_ORDER if stage_steps(path / name)]
+    root = checkpoint_root(path)
+    begun = [root / name for name in STAGE_ORDER if steps_of(root / name)]
     if not begun:
         raise ConfigError(
-            f"{path}: no checkpoint here; expected a workdir of `ouro train` or one of its stages "
+            f"{root}: no checkpoint here; expected a workdir of `ouro train` or one of its stages "
             f"({', '.join(STAGE_ORDER)}) with at least one finished save."
         )
     return begun[-1]
 
 
-def load_position(path: str | Path) -> Position:
+def absolute(path: str | epath.PathLike) -> epath.Path:
+    """A path as Orbax wants it: whole, unless it is in a bucket."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.resolve()
+
+
+def checkpoint_root(workdir: str | epath.PathLike) -> epath.Path:
+    """Where the checkpoints of the run in `workdir` lie: there, or as its config says."""
+    workdir = absolute(workdir)
+    saved = workdir / "config.json"
+    if not saved.exists():
+        return workdir
+    elsewhere = json.loads(saved.read_text()).get("checkpoint", {}).get("directory")
+    return absolute(elsewhere) if elsewhere else workdir
+
+
+def load_position(path: str | epath.PathLike) -> Position:
     """The position of the newest checkpoint of a workdir or stage."""
     stage = latest_stage(path)
-    return _read_position(epath.Path(stage) / str(max(stage_steps(stage))))
+    return read_position(stage / str(steps_of(stage)[-1]))
 
 
-def load_params(path: str | Path) -> tuple[Position, Any]:
+def load_params(path: str | epath.PathLike) -> tuple[Position, Any]:
     """Position and parameters of the newest checkpoint, whole on the first device, dtypes kept.
 
-    `path` is a workdir or one of its stages.
+    `path` is a workdir or one of its stages. Raises ConfigError if a file is not as it was
+    written.
     """
     stage = latest_stage(path)
     position = load_position(stage)
+    broken = problems_of(stage / str(position.step), below="params/")
+    if broken:
+        raise ConfigError(
+            f"{broken[0]} Move {stage / str(position.step)} away to use the checkpoint before it; "
+            "`ouro checkpoint verify` names all that is broken."
+        )
     with StageCheckpoints(stage, read_only=True) as checkpoints:
         dtypes = checkpoints.params_dtypes(position.step)
         target = jax.tree.map(
@@ -163,13 +261,7 @@ def save_params(directory: str | Path, params: Any, model: ModelConfig) -> None:
     position = Position(Path(directory).name, 0, 0, 0, model, "expected", 0)
     with StageCheckpoints(directory) as checkpoints:
         checkpoints.save_items(position, {}, params=ocp.args.StandardSave(params))
-
-
-def stage_steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in a stage's folder; none if there is no such folder."""
-    if not directory.is_dir():
-        return []
-    return [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
+        checkpoints.wait()
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -180,20 +272,32 @@ def _to_json(position: Position) -> dict[str, Any]:
     return dataclasses.asdict(position) | {"model": to_dict(position.model)}
 
 
-def _read_position(folder: epath.Path) -> Position:
-    file = folder / "meta" / "metadata"
+def read_meta(folder: epath.Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; ConfigError if it cannot be read."""
+    file = folder / META
     try:
         meta = json.loads(file.read_text())
         if meta["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema {meta['schema_version']}, expected {SCHEMA_VERSION}")
+        return meta
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: not readable as a checkpoint's position: {error}") from error
+
+
+def read_position(folder: epath.Path) -> Position:
+    """The position of a checkpoint; ConfigError if it cannot be read."""
+    meta = read_meta(folder)
+    try:
         names = {f.name for f in dataclasses.fields(Position)}
         fields = {name: meta[name] for name in names} | {
             "model": ModelConfig(**meta["model"]),
             "skip_rows": tuple((start, stop) for start, stop in meta["skip_rows"]),
         }
         return Position(**fields)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{file}: not readable as a checkpoint's position: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder / META}: not readable as a checkpoint's position: {error}"
+        ) from error
 
 
 def _check_shapes(metadata: Any, abstract: Any, folder: epath.Path) -> None:

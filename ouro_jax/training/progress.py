@@ -29,6 +29,7 @@ class Progress:
         self._live: Live | None = None
         self._stage: _StageProgress | None = None
         self._last_line = -LINE_SECONDS
+        self._saved_at: float | None = None
 
     def __enter__(self) -> "Progress":
         if self._enabled and self._console.is_terminal:
@@ -59,15 +60,23 @@ class Progress:
         stage = self._started()
         stage.update(record)
         if self._live is not None:
-            self._live.update(stage.panel(min(88, self._console.width)))
+            self._live.update(stage.panel(min(88, self._console.width), self._age()))
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            self.message(stage.line())
+            age = self._age()
+            self.message(stage.line() + (f"  saved {age} ago" if age else ""))
 
     def message(self, text: str) -> None:
         """Prints a line that stays, above the panel if there is one."""
         if self._enabled:
             self._console.print(Text(text), soft_wrap=True)
+
+    def saved(self) -> None:
+        """A checkpoint is whole: its age is shown from now on."""
+        self._saved_at = time.monotonic()
+
+    def _age(self) -> str:
+        return "" if self._saved_at is None else clock(time.monotonic() - self._saved_at)
 
     def finish_stage(self) -> None:
         """Ends the stage with a line of where it arrived."""
@@ -131,7 +140,7 @@ class _StageProgress:
             f"{_number(self.record['mean_depth'], 2)} of {len(self.record['loss_per_loop'])}."
         )
 
-    def panel(self, width: int) -> Panel:
+    def panel(self, width: int, checkpoint_age: str) -> Panel:
         record = self.record
         head = Table.grid(expand=True, padding=(0, 2))
         head.add_column(ratio=1)
@@ -148,6 +157,8 @@ class _StageProgress:
         facts.add_row("loss", f"{_number(record['loss'])} at step {record['step']:,}")
         facts.add_row("per loop", _numbers(record["loss_per_loop"]))
         facts.add_row("depth", self._depth())
+        if checkpoint_age:
+            facts.add_row("saved", f"{checkpoint_age} ago")
         return Panel(
             Group(head, facts), title=f"[bold]{self.name}[/]", title_align="left",
             border_style="cyan", width=width,

@@ -1,23 +1,21 @@
 """The log of a run: `metrics.jsonl`, mirrored to TensorBoard and, when asked, Weights & Biases.
 
-The JSONL file is the record that everything else is made from: one JSON object a line, written
-and flushed at once, so that a killed process loses at most the line it was writing. A line counts
-as written when its newline is there.
+The JSONL file is the record that everything else is made from; see `lines.py`.
 """
 
 import importlib
 import json
 import math
-import os
 import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from tensorboardX import SummaryWriter
 
 from ouro_jax.errors import ConfigError
+from ouro_jax.training.lines import Lines, read_lines, replace_file
 
 FILE_NAME = "metrics.jsonl"
 # What places or sizes a record and is no curve of its own.
@@ -48,7 +46,7 @@ class RunLog:
         self._wandb = _import_wandb(wandb_project) if wandb_project and enabled else None
         if enabled:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            self._file = open_lines(self._path)
+            self._file = Lines(self._path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record and mirrors its numbers; NaN and infinities are written as null."""
@@ -58,8 +56,7 @@ class RunLog:
         if self._mirrors is None:
             # Opened late: they must know from where on an earlier, killed attempt is void.
             self._mirrors = self._open_mirrors()
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps(record, allow_nan=False))
         scalars = dict(scalars_of(record))
         for mirror in self._mirrors if scalars else ():
             mirror.write(scalars, record["tokens"])
@@ -79,8 +76,8 @@ class RunLog:
         if len(kept) == len(records):
             return
         self.close()
-        _replace(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        self._file = self._path.open("a", encoding="utf-8")
+        replace_file(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._file = Lines(self._path)
 
     def records(self) -> list[dict[str, Any]]:
         """What the log holds so far; empty for a new run, and where it is not enabled."""
@@ -115,34 +112,6 @@ def read_log(workdir: str | Path) -> list[dict[str, Any]]:
             f"{path}: no such file; expected the log of a run. Name the workdir of `ouro train`."
         )
     return read_lines(path)
-
-
-def open_lines(path: Path) -> TextIO:
-    """A file of records, open for more of them, less a last line torn by a kill."""
-    if path.exists():
-        kept = _whole_lines(path)
-        if len(kept) < path.stat().st_size:
-            _replace(path, kept)
-    return path.open("a", encoding="utf-8")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, less a last line torn by a kill; ConfigError naming a wrong line."""
-    records = []
-    for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(
-                f"{path}, line {number}: not JSON ({error}). Delete that line, or restore the file."
-            ) from error
-        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-            raise ConfigError(
-                f"{path}, line {number}: saw {line[:60].decode(errors='replace')!r}, expected a "
-                "JSON object with a field 'kind'. Delete that line, or restore the file."
-            )
-        records.append(record)
-    return records
 
 
 def scalars_of(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -238,18 +207,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _whole_lines(path: Path) -> bytes:
-    content = path.read_bytes()
-    return content[: content.rfind(b"\n") + 1]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Puts `content` in the place of `path`: at every moment the file is the old or the new one."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

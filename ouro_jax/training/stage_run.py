@@ -1,65 +1,50 @@
-"""The loop over one stage's optimizer steps, with its log, evaluations and checkpoints."""
+"""The loop over one stage's optimizer steps, with its log, evaluations and checkpoints.
+
+Metrics are read one step late: the device computes a step while the host waits for the one before.
+With them every process learns at the same step what one of them asks of all: to save (process 0's
+clock), or to save and stop (SIGTERM on any of them).
+"""
 
 import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from etils import epath
-from jax.sharding import Mesh
 
-from ouro_jax.config import Config, ModelConfig, Stage, to_dict
+from ouro_jax.errors import Stopped
 from ouro_jax.parallel.devices import memory_use, peak_flops
 from ouro_jax.parallel.host_rows import data_host, place
 from ouro_jax.parallel.mesh import batch_sharding, batch_shards
 from ouro_jax.training.checkpoints import Position, StageCheckpoints
-from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.evaluation import evaluate
-from ouro_jax.training.layout import Layout
-from ouro_jax.training.profiling import Profiler
-from ouro_jax.training.progress import Progress
-from ouro_jax.training.run_log import RunLog
+from ouro_jax.training.recovery import Refused, Unsound
+from ouro_jax.training.repeat import is_repeated, step_twice
+from ouro_jax.training.requests import STOP, Requests
+from ouro_jax.training.saves import Saves
+from ouro_jax.training.stage_context import (
+    RunContext,
+    StageContext,
+    event,
+    log_once,
+    step_spec,
+    where,
+)
 from ouro_jax.training.stage_rows import open_stage_mixture
 from ouro_jax.training.state import TrainState
-from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
-from ouro_jax.training.timing import RunTimes
-
-
-@dataclasses.dataclass(frozen=True)
-class RunContext:
-    """What the stages of a run share."""
-
-    config: Config
-    workdir: Path
-    data_root: epath.Path
-    log: RunLog
-    progress: Progress
-    times: RunTimes
-    profiler: Profiler
-
-
-@dataclasses.dataclass(frozen=True)
-class StageContext:
-    """A stage, how it is laid out, and how many tokens of later stages follow it."""
-
-    plan: StagePlan
-    layout: Layout
-    mesh: Mesh
-    tokens_after: int
+from ouro_jax.training.step import StepInputs, compiled_train_step
 
 
 class StageRun:
-    """The loop over one stage's steps."""
+    """The loop over one stage's steps. Raises Refused and Unsound, with the state before them."""
 
     def __init__(self, run: RunContext, stage: StageContext, checkpoints: StageCheckpoints,
                  state: TrainState, position: Position):  # fmt: skip
         self.run_, self.context, self.plan = run, stage, stage.plan
-        self.checkpoints, self.state, self.position = checkpoints, state, position
+        self.state, self.position = state, position
         self.mixture = open_stage_mixture(run.config, run.data_root, self.plan)
         self.config, self.stage = run.config, self.plan.stage
         self.spec = step_spec(run.config, stage)
@@ -67,17 +52,14 @@ class StageRun:
         self.sharding = batch_sharding(stage.mesh, microbatched=True)
         self.unread: tuple[Position, Any, float] | None = None
         self.times, self.peak = run.times, peak_flops(run.config.model.dtype)
+        self.requests = Requests(run.watchdog, stage.mesh, run.config.checkpoint.every_minutes)
+        self.saves = Saves(run, stage, checkpoints)
         self.times.steps.pause()
 
     def run(self) -> None:
         """Trains to the end of the stage, with evaluation, log and checkpoints on the way."""
         run, plan, length = self.run_, self.plan, self.stage.sequence_length
-        resumed = self.position.rows > 0
         self.times.start(plan.name, self.position.step)
-        run.log.write(
-            event("resume" if resumed else "stage_start", self.position)
-            | {"model": to_dict(self.position.model)}
-        )
         run.progress.start_stage(
             plan.name, plan.total_rows * length,
             done_tokens=self.position.rows * length, tokens_after=self.context.tokens_after,
@@ -87,20 +69,39 @@ class StageRun:
             self.position.rows, plan.batch_rows, host=host.index, num_hosts=host.count
         )
         with contextlib.closing(batches), self.times.split("step"):
-            for start, batch in self._awaited(batches):
-                self._profile()
-                self._optimizer_step(start, batch)
-                finished = self.position.rows >= plan.total_rows
-                if self._passed(self.config.evaluation.every_tokens) or finished:
-                    self._evaluate()
-                if self._passed(self.config.checkpoint.every_tokens) or finished:
-                    self._save()
+            try:
+                for start, batch in self._awaited(batches):
+                    self._profile()
+                    self._optimizer_step(start, batch)
+                    self._after_step()
+            except (Refused, Unsound):
+                self.saves.finish()
+                raise
             run.profiler.close()
-            with self.times.split("checkpoint"):
-                self.checkpoints.wait()
         log_once(run.log, "stage_end", self.position)
+        run.events.write("stage_end", **where(self.position))
         run.progress.finish_stage()
         self.times.end_stage(plan.name, self.position.step)
+
+    def _after_step(self) -> None:
+        """Evaluates, saves and stops where it is time to."""
+        self.saves.poll()
+        finished = self.position.rows >= self.plan.total_rows
+        if self._passed(self.config.evaluation.every_tokens) or finished:
+            self._evaluate()
+        permanent = self._passed(self.config.checkpoint.every_tokens) or finished
+        if permanent or self.requests.agreed:
+            # What is saved was finite: the loss and gradient of every step before have been read.
+            self._drain()
+            stops = self.requests.agreed == STOP
+            with self.times.split("checkpoint"):
+                self.saves.save(self.state, self.position, permanent, wait=finished or stops)
+            self.requests.saved()
+            if stops:
+                raise Stopped(
+                    f"stopped as asked, and saved at step {self.position.step:,}. Run the same "
+                    "command again to go on."
+                )
 
     def _awaited(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches. Waiting for one costs nothing while the devices are still at work."""
@@ -126,25 +127,32 @@ class StageRun:
         shards = batch_shards(self.context.mesh)
         microbatches = rows // (self.context.layout.microbatch_rows * shards)
         batch = jax.tree.map(lambda x_BL: x_BL.reshape(microbatches, -1, x_BL.shape[-1]), batch)
-        end = start + rows
-        rate = self.plan.learning_rate(end)
+        end, before = start + rows, self.position
+        rate, deviations = self.plan.learning_rate(end), self.config.guard.spike_deviations
         inputs = jax.device_put(StepInputs(*map(np.float32, (
             rate, self.stage.weight_decay, self.stage.entropy_weight, self.stage.rope_theta,
-        ))))  # fmt: skip
-        batch, step = place(batch, self.sharding), self.position.step + 1
+            deviations or math.inf,
+        )), step=np.int32(before.step)))  # fmt: skip
+        inputs = inputs._replace(requests=self.requests.ask(before.step))
+        batch, step = place(batch, self.sharding), before.step + 1
         with (
-            self.times.program(self.plan.name, step),
+            self.times.program(self.plan.name, step, microbatches),
             jax.profiler.StepTraceAnnotation("train", step_num=step),
         ):
-            self.state, metrics = self.step(self.state, batch, inputs)
+            if is_repeated(self.config.guard, step):
+                self.state, metrics = step_twice(
+                    self.step, self.context.mesh, self.state, batch, inputs, before
+                )
+            else:
+                self.state, metrics = self.step(self.state, batch, inputs)
+        self.run_.watchdog.has_unsaved = True
         self.position = dataclasses.replace(
-            self.position,
-            step=self.position.step + 1,
+            before,
+            step=step,
             rows=end,
-            tokens_seen=self.position.tokens_seen + rows * self.stage.sequence_length,
+            tokens_seen=before.tokens_seen + rows * self.stage.sequence_length,
         )
         self._log_restarts(start)
-        # Read one step late: the device computes this step while the host waits for the last.
         self._read_metrics()
         self.unread = (self.position, metrics, rate)
 
@@ -163,18 +171,36 @@ class StageRun:
             return
         (position, metrics, rate), self.unread = self.unread, None
         means = jax.tree.map(np.ndarray.tolist, jax.device_get(metrics))
-        if not math.isfinite(means["loss"] + means["grad_norm"]):
-            raise FloatingPointError(
-                f"stage {position.stage}, step {position.step}: loss {means['loss']}, gradient "
-                f"norm {means['grad_norm']}. The newest checkpoint is from before this step; "
-                "lower the learning rate, or set optimizer.clip_norm lower, and run again."
-            )
+        self.run_.times.first_step(self.run_.events, where(position))
+        self.requests.heard(means.pop("request"))
+        if not means.pop("accepted"):
+            self._refuse(position, means)
         self.times.steps.step_ended(self._batch_tokens(position))
         record = self._record(position, rate, means)
         self.run_.progress.update(record)
         is_last = position.rows >= self.plan.total_rows
         if position.step % self.config.logging.every_steps == 0 or is_last:
             self.run_.log.write(record | self.times.window(position.stage, position.step))
+
+    def _refuse(self, position: Position, means: dict[str, Any]) -> NoReturn:
+        """The step that would have ended at `position` was not taken, nor was any after it."""
+        limit = self.config.guard.spike_deviations
+        loss, norm = means["loss_deviations"], means["grad_norm_deviations"]
+        if not math.isfinite(means["loss"] + means["grad_norm"]):
+            reason = f"loss {means['loss']}, gradient norm {means['grad_norm']}"
+        elif limit and max(loss, norm) > limit:
+            reason = (
+                f"a spike: loss {means['loss']:.4g}, {loss:.1f} deviations above the median, "
+                f"gradient norm {means['grad_norm']:.4g}, {norm:.1f}"
+            )
+        else:
+            raise RuntimeError(f"step {position.step} does not follow the state: a bug of ours")
+        rows = self.plan.batch_rows(position.rows - 1)
+        before = dataclasses.replace(
+            position, step=position.step - 1, rows=position.rows - rows,
+            tokens_seen=position.tokens_seen - self._batch_tokens(position),
+        )  # fmt: skip
+        raise Refused(reason, self.state, before, position.rows, means)
 
     def _drain(self) -> None:
         """Reads the last step, after which the devices stand still: not how long a step takes."""
@@ -210,52 +236,9 @@ class StageRun:
 
     def _evaluate(self) -> None:
         self._drain()
-        where = {"stage": self.position.stage, "step": self.position.step,
-                 "tokens": self.position.tokens_seen}  # fmt: skip
         run = self.run_
         with self.times.split("evaluation"):
             for record in evaluate(
                 self.config, run.data_root, self.plan, self.spec, self.state.params
             ):
-                run.log.write(record | where | {"time": time.time()})
-
-    def _save(self) -> None:
-        # What is saved was finite: the loss and gradient of every step up to here have been read.
-        self._drain()
-        with self.times.split("checkpoint"):
-            self.checkpoints.save(self.state, self.position, to_dict(self.config))
-
-
-def event(name: str, position: Position) -> dict[str, Any]:
-    """A record of something that happened to the run, and where it stood."""
-    return {
-        "kind": "event", "event": name, "time": time.time(), "stage": position.stage,
-        "step": position.step, "tokens": position.tokens_seen,
-    }  # fmt: skip
-
-
-def log_once(log: RunLog, name: str, position: Position) -> None:
-    """Logs an event unless it is there: the process may have died just before or after."""
-    if not is_logged(log, name, position):
-        log.write(event(name, position))
-
-
-def is_logged(log: RunLog, name: str, position: Position) -> bool:
-    """Whether the log holds this event of this step."""
-    return any(
-        record.get("event") == name and record["step"] == position.step for record in log.records()
-    )
-
-
-def stage_shape(config: Config, stage: Stage) -> ModelConfig:
-    """The model of a stage as far as compiled programs depend on it: not on the RoPE base."""
-    return dataclasses.replace(config.model, num_layers=stage.num_layers, num_loops=stage.num_loops)
-
-
-def step_spec(config: Config, stage: StageContext) -> StepSpec:
-    """What the compiled step of a stage depends on."""
-    described = stage.plan.stage
-    return StepSpec(
-        stage_shape(config, described), config.optimizer, described.objective, described.prior,
-        stage.layout.remat, stage.layout.gather, stage.mesh,
-    )  # fmt: skip
+                run.log.write(record | where(self.position) | {"time": time.time()})

@@ -1,30 +1,37 @@
 """Where the parameters of a stage come from.
 
-In this order: the stage's own newest checkpoint; the stage before, through this stage's
+In this order: the stage's own newest whole checkpoint; the stage before, through this stage's
 transition; `init_from`, likewise; fresh ones. Always read from disk, so that a run that was
-killed between two stages goes on exactly as one that was not.
+killed between two stages goes on exactly as one that was not. A checkpoint is whole if all its
+files are as they were written.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from ouro_jax.config import GATE_OBJECTIVES, Config, ModelConfig, check_transition
 from ouro_jax.data.interleave import Interleave
-from ouro_jax.errors import ConfigError
+from ouro_jax.errors import ConfigError, RunError
 from ouro_jax.interop.huggingface import load_huggingface, read_json
 from ouro_jax.interop.huggingface_config import config_from_json
+from ouro_jax.parallel.hosts import barrier, from_all, from_first
+from ouro_jax.training.checkpoint_files import SUMS, all_steps, problems_of, set_aside, steps_of
 from ouro_jax.training.checkpoints import (
     Position,
     StageCheckpoints,
     latest_stage,
     load_position,
-    stage_steps,
+    read_meta,
+    read_position,
 )
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.state import StateFactory, TrainState
@@ -34,26 +41,84 @@ from ouro_jax.training.transitions import upcycle
 FIXED = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
 
 
-def is_huggingface(path: str | Path) -> bool:
+def is_huggingface(path: str | epath.PathLike) -> bool:
     """Whether `path` is a folder in the Hugging Face format."""
     folder = Path(path)
     return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors*"))
 
 
-def check_start(config: Config, workdir: Path) -> None:
+def check_start(config: Config, root: epath.Path) -> None:
     """Raises a ConfigError if the checkpoints that the run would start from are of another model
-    than the config's, or of other rows: those in `workdir`, and `init_from` unless the run has
+    than the config's, or of other rows: those under `root`, and `init_from` unless the run has
     left it behind. Reads no arrays."""
     for name, stage in config.stream():
-        folder = workdir / name
-        if stage_steps(folder):
-            position = load_position(folder)
+        position = _readable_position(root / name)
+        if position is not None:
             fields = (*FIXED, "num_layers")
-            _check_same(config.stage_model(name), position.model, fields, str(folder))
-            _check_skips(StagePlan(name, stage), position, folder)
-    first = workdir / config.stream()[0][0]
-    if config.init_from and not stage_steps(first):
+            _check_same(config.stage_model(name), position.model, fields, str(root / name))
+            _check_skips(StagePlan(name, stage), position, root / name)
+    first = root / config.stream()[0][0]
+    if config.init_from and not steps_of(first):
         _check_init_from(config)
+
+
+def newest_meta(config: Config, root: epath.Path) -> tuple[epath.Path, dict[str, Any]] | None:
+    """The newest checkpoint of the last stage begun that can be read, and what it says."""
+    for name, _ in reversed(config.stream()):
+        for step in reversed(steps_of(root / name)):
+            with contextlib.suppress(ConfigError):
+                return root / name / str(step), read_meta(root / name / str(step))
+    return None
+
+
+def _readable_position(stage: epath.Path) -> Position | None:
+    """Of a stage's newest checkpoint; one that cannot be read is found out by `find_whole`."""
+    steps = steps_of(stage)
+    if steps:
+        with contextlib.suppress(ConfigError):
+            return read_position(stage / str(steps[-1]))
+    return None
+
+
+def find_whole(
+    config: Config, root: epath.Path, broken: Callable[[epath.Path, str], None]
+) -> Position | None:
+    """The position of the newest whole checkpoint of the run; None for a run that has none.
+
+    Every process reads its share of the files. Broken checkpoints after it are set aside, and
+    `broken` hears where they are now and why, but only if there is a whole one: else a RunError
+    names them all, and they stay where they are. A first one that was never finished is no
+    checkpoint yet.
+    """
+    found = []
+    for name, _ in reversed(config.stream()):
+        for step in from_first("steps", all_steps(root / name)[::-1]):
+            path = root / name / str(step)
+            problems = sum(from_all("problems", problems_of(
+                path, jax.process_index(), jax.process_count()
+            )), [])  # fmt: skip
+            if not problems:
+                _set_aside(found, broken)
+                return read_position(path)
+            found.append((path, problems))
+    if len(found) == 1 and not (found[0][0] / SUMS).exists():
+        _set_aside(found, broken)
+    elif found:
+        lines = [f"  {problems[0]}" for _, problems in found]
+        raise RunError(
+            f"{root}: no checkpoint is whole:\n" + "\n".join(lines) + "\nNothing was moved or "
+            "deleted. Put back what is missing from a copy, or name another workdir."
+        )
+    return None
+
+
+def _set_aside(
+    found: list[tuple[epath.Path, list[str]]], broken: Callable[[epath.Path, str], None]
+) -> None:
+    if jax.process_index() == 0:
+        for path, problems in found:
+            broken(set_aside(path), problems[0])
+    barrier("broken checkpoints set aside")
 
 
 def _check_init_from(config: Config) -> None:
@@ -78,7 +143,7 @@ def _check_same(
             )
 
 
-def _check_skips(plan: StagePlan, position: Position, folder: Path) -> None:
+def _check_skips(plan: StagePlan, position: Position, folder: epath.Path) -> None:
     """What lies behind a checkpoint cannot be skipped, or not skipped, any more."""
     behind = Interleave(plan.stage.mixture, position.skip_rows).passed(position.rows)
     ours, theirs = (
@@ -103,7 +168,7 @@ def fresh_state(factory: StateFactory, config: Config, name: str) -> tuple[Train
 
 
 def state_from(
-    source: str | Path, factory: StateFactory, config: Config, name: str
+    source: str | epath.PathLike, factory: StateFactory, config: Config, name: str
 ) -> tuple[TrainState, Position]:
     """The state of a stage that starts from another stage's folder or a Hugging Face folder."""
     if is_huggingface(source):
@@ -133,10 +198,9 @@ def state_from(
     return state.replace(params=params, opt_state=opt_state, guard=guard), position
 
 
-def _from_stage(folder: Path, config: Config, mesh: Mesh) -> tuple[Position, TrainState]:
+def _from_stage(folder: epath.Path, config: Config, mesh: Mesh) -> tuple[Position, TrainState]:
+    before = load_position(folder)
     with StageCheckpoints(folder, read_only=True) as checkpoints:
-        before = checkpoints.latest()
-        assert before is not None, "latest_stage refuses a folder without a checkpoint"
         factory = StateFactory(before.model, config.optimizer, before.objective, mesh)
         if checkpoints.has_optimizer(before.step):
             return before, checkpoints.restore(factory.abstract(), before.step)
@@ -144,7 +208,9 @@ def _from_stage(folder: Path, config: Config, mesh: Mesh) -> tuple[Position, Tra
     return before, _without_optimizer(params, factory, config.seed)
 
 
-def _from_huggingface(folder: str | Path, config: Config, mesh: Mesh) -> tuple[Position, Any]:
+def _from_huggingface(
+    folder: str | epath.PathLike, config: Config, mesh: Mesh
+) -> tuple[Position, Any]:
     factory = StateFactory(_huggingface_config(folder), config.optimizer, "expected", mesh)
     layout: Any = flatten_dict(factory.shardings().params)
 
@@ -155,12 +221,12 @@ def _from_huggingface(folder: str | Path, config: Config, mesh: Mesh) -> tuple[P
             leaf.shape, layout[path], lambda index: leaf[index].astype(np.float32)
         )
 
-    model, params = load_huggingface(folder, place)
+    model, params = load_huggingface(Path(folder), place)
     position = Position("", 0, 0, 0, model, "expected", config.seed)
     return position, _without_optimizer(params, factory, config.seed)
 
 
-def _huggingface_config(folder: str | Path) -> ModelConfig:
+def _huggingface_config(folder: str | epath.PathLike) -> ModelConfig:
     file = Path(folder) / "config.json"
     return config_from_json(read_json(file), None, str(file))
 

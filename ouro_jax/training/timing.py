@@ -11,17 +11,19 @@ import contextlib
 import functools
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 
-from ouro_jax.training.run_log import open_lines, read_lines
+from ouro_jax.training.events import EventLog
+from ouro_jax.training.lines import Lines, read_lines
 
 FILE_NAME = "times.jsonl"
 # Parts of a window: `data` is waiting for rows while the devices have nothing to do, `checkpoint`
@@ -67,18 +69,50 @@ def compilations() -> Compilations:
     return count
 
 
+class StartClock:
+    """Where the time goes between the start of the process and its first step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.time() - _process_age()
+
+    def mark(self, cause: str) -> None:
+        """The time since the last mark went to `cause`."""
+        now = time.time()
+        self.seconds[cause] = self.seconds.get(cause, 0.0) + now - self._last
+        self._last = now
+
+
+@functools.cache
+def start_clock() -> StartClock:
+    """That of this process."""
+    return StartClock()
+
+
+def _process_age() -> float:
+    """Seconds since this process began; 0 on systems that do not say (Linux does)."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return 0.0
+    began_ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime - began_ticks / os.sysconf("SC_CLK_TCK")
+
+
 class TimeSplit:
     """Gives every moment to one part: `with split("data"):` until it ends or an inner one begins.
 
     Outside of any it is `other`. Seconds of `compiled` go to `compile`, wherever they were spent.
+    `entered` hears of every part as it begins.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.perf_counter,
         compiled: Callable[[], float] = lambda: 0.0,
+        entered: Callable[[str], None] = lambda part: None,
     ):
-        self._clock, self._compiled = clock, compiled
+        self._clock, self._compiled, self._entered = clock, compiled, entered
         self._now, self._compiled_now = clock(), compiled()
         self._part, self._seconds = "other", dict.fromkeys(PARTS, 0.0)
 
@@ -109,6 +143,7 @@ class TimeSplit:
         self._seconds[self._part] += passed - compiling
         self._now, self._compiled_now = now, compiled
         before, self._part = self._part, part
+        self._entered(part)
         return before
 
 
@@ -151,17 +186,22 @@ class RunTimes:
     Unlike the log this file is never rewound, so that work lost to a kill stays counted. Its lines
     (seconds, `time` since 1970): `attempt` at the start of a process that trains, `window` with
     its seconds by part at every record of the log, `compile` for every compiled step, `end` when
-    the run came to its end. `tell` gets what a person should read. With `enabled` False
-    (processes 1, …) nothing is written.
+    the run came to its end. `tell` gets what a person should read, `entered` every phase of the run
+    (a field of DeadlineConfig). With `enabled` False (processes 1, …) nothing is written.
     """
 
     def __init__(
-        self, workdir: str | Path, tell: Callable[[str], None] = print, *, enabled: bool = True
-    ):
+        self, workdir: str | Path, tell: Callable[[str], None] = print, *, enabled: bool = True,
+        entered: Callable[[str], None] = lambda phase: None,
+    ):  # fmt: skip
         self._workdir, self._tell, self._enabled = Path(workdir), tell, enabled
-        self._file: TextIO | None = None
+        self._file: Lines | None = None
         self._began, self._step = time.time(), 0
-        self.split = TimeSplit(compiled=lambda: compilations().seconds)
+        self._entered, self._programs, self._has_stepped = entered, set[Any](), False
+        self.split = TimeSplit(
+            compiled=lambda: compilations().seconds,
+            entered=lambda part: entered("start" if part == "other" else part),
+        )
         self.steps = StepClock()
 
     def __enter__(self) -> "RunTimes":
@@ -174,18 +214,36 @@ class RunTimes:
             self._file.close()
 
     def start(self, stage: str, step: int) -> None:
-        """Training goes on from `step`; a process says so once, before its first stage."""
-        if self._enabled and self._file is None:
-            self._file = open_lines(self._workdir / FILE_NAME)
-            self._write("attempt", time=self._began, stage=stage, step=step)
-            self._step = step
+        """Training goes on from `step`: an attempt begins with the process's first stage, and
+        another one where the run goes back to a checkpoint."""
+        if not self._enabled or (self._file is not None and step >= self._step):
+            return
+        began = self._began if self._file is None else time.time()
+        self._file = self._file or Lines(self._workdir / FILE_NAME)
+        self._write("attempt", time=began, stage=stage, step=step)
+        self._step = step
+
+    def first_step(self, events: EventLog, where: dict[str, Any]) -> None:
+        """The metrics of a step are here; notes what the first one of the process waited for."""
+        if not self._has_stepped:
+            self._has_stepped = True
+            start_clock().mark("first step")
+            events.write("first_step", **where, seconds=start_clock().seconds)
 
     @contextlib.contextmanager
-    def program(self, stage: str, step: int) -> Iterator[None]:
-        """Around the call of a compiled step: says so if the call compiled it."""
+    def program(self, stage: str, step: int, shape: Any = None) -> Iterator[None]:
+        """Around the call of a compiled step: says so if the call compiled it.
+
+        The first call for a stage and a `shape` of batch is the phase `compile`.
+        """
+        if (stage, shape) not in self._programs:
+            self._programs.add((stage, shape))
+            self._entered("compile")
         count = compilations()
         before, hits = count.seconds, count.cache_hits
         yield
+        if not self._has_stepped:
+            start_clock().mark("compile")
         seconds, cached = count.seconds - before, count.cache_hits > hits
         if seconds > 0:
             self.steps.pause()
@@ -216,8 +274,7 @@ class RunTimes:
 
     def _write(self, kind: str, **fields: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"kind": kind} | fields) + "\n")
-            self._file.flush()
+            self._file.append(json.dumps({"kind": kind} | fields))
 
 
 def read_times(workdir: str | Path) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """The trainer: runs or continues a config's stages, one after the other, in one workdir."""
 
 import contextlib
-import dataclasses
 import json
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +14,106 @@ from ouro_jax.config import Config, to_dict
 from ouro_jax.data.embedded import SOURCES, build_embedded
 from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from ouro_jax.errors import ConfigError
-from ouro_jax.parallel.hosts import barrier, require_same, require_shared
+from ouro_jax.parallel.hosts import barrier, from_first, require_same, require_shared
 from ouro_jax.parallel.mesh import make_mesh, use_mesh
-from ouro_jax.training.checkpoints import StageCheckpoints, stage_steps
+from ouro_jax.training.checkpoint_files import steps_of
+from ouro_jax.training.checkpoints import Position, absolute, load_position
 from ouro_jax.training.curriculum import StagePlan
+from ouro_jax.training.drift import check_drift
 from ouro_jax.training.evaluation import ngram_baselines
+from ouro_jax.training.events import EventLog, skipped_rows
 from ouro_jax.training.layout_choice import choose_layout
 from ouro_jax.training.profiling import Profiler
 from ouro_jax.training.progress import Progress
+from ouro_jax.training.recovery import skipping
 from ouro_jax.training.run_log import RunLog
-from ouro_jax.training.stage_rows import open_stage_mixture
-from ouro_jax.training.stage_run import (
+from ouro_jax.training.stage_context import (
     RunContext,
     StageContext,
-    StageRun,
     is_logged,
     log_once,
-    stage_shape,
+    where,
 )
-from ouro_jax.training.start import check_start, fresh_state, is_huggingface, state_from
-from ouro_jax.training.state import StateFactory
-from ouro_jax.training.timing import RunTimes
+from ouro_jax.training.stage_rows import open_stage_mixture
+from ouro_jax.training.stage_trainer import StageTrainer, find_in
+from ouro_jax.training.start import check_start, is_huggingface, newest_meta
+from ouro_jax.training.timing import RunTimes, start_clock
+from ouro_jax.training.watchdog import Watchdog
+
+VERSIONS = ("ouro_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
-def train(config: Config, workdir: str | Path) -> dict[str, Any]:
+def train(
+    config: Config, workdir: str | Path, allow_config_change: Iterable[str] = ()
+) -> dict[str, Any]:
     """Runs or continues the whole stream of stages; returns what `ouro train --json` prints.
 
     Everything that can be wrong with the config, the data or `init_from` is a ConfigError before
-    the first compilation. Every process of the run calls this; the first one alone writes the log.
+    the first compilation. Every process of the run calls this, in its main thread; the first one
+    alone writes the logs. Raises Stopped when it was asked to stop and has saved.
     """
     workdir = Path(workdir)
     require_same("config", to_dict(config) | {"version of jax": jax.__version__})
-    stages = _plan_stages(config)
-    data_root = _check(config, workdir)
     is_first = jax.process_index() == 0
+    stacks = workdir / "stacks" / f"process_{jax.process_index()}.txt"
+    with (
+        contextlib.closing(EventLog(workdir, enabled=is_first)) as events,
+        Watchdog(config.deadlines, stacks, events.ended) as watchdog,
+        events.attempt(),
+    ):
+        return _train(config, workdir, allow_config_change, events, watchdog)
+
+
+def _train(
+    config: Config, workdir: Path, allowed: Iterable[str], events: EventLog, watchdog: Watchdog
+) -> dict[str, Any]:
+    described, is_first = to_dict(config), jax.process_index() == 0
+    config = _with_recorded_skips(config, workdir)
+    stages = _plan_stages(config)
+    root = absolute(config.checkpoint.directory or workdir)
+    data_root = _check(config, workdir, root, allowed, described, events)
     with (
         contextlib.closing(RunLog(
             workdir, tensorboard=config.logging.tensorboard,
             wandb_project=config.logging.wandb_project, enabled=is_first,
         )) as log,
         Progress(enabled=is_first) as progress,
-        RunTimes(workdir, progress.message, enabled=is_first) as times,
+        RunTimes(workdir, progress.message, enabled=is_first, entered=watchdog.enter) as times,
         contextlib.closing(Profiler(
             config.profile, workdir, progress.message, enabled=is_first
         )) as profiler,
     ):  # fmt: skip
-        run = RunContext(config, workdir, data_root, log, progress, times, profiler)
+        run = RunContext(config, described, workdir, root, data_root, log, events, progress,
+                         times, profiler, watchdog)  # fmt: skip
+        found = find_in(run)
+        start_clock().mark("verify")
+        events.write("start", **_where_it_runs(found), seconds=start_clock().seconds)
         source = config.init_from or None
         for stage in stages:
-            with use_mesh(stage.mesh):
-                train_stage(run, stage, source)
-            source = workdir / stage.plan.name
+            if found is None or found.stage == stage.plan.name:
+                with use_mesh(stage.mesh):
+                    run = StageTrainer(run, stage, source).train(found)
+                found = None
+            else:
+                _tell_finished(run, stage.plan)
+            source = root / stage.plan.name
         return _finish(run)
+
+
+def _where_it_runs(found: Position | None) -> dict[str, Any]:
+    return ({} if found is None else where(found)) | {
+        "processes": jax.process_count(), "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "versions": {name: metadata.version(name) for name in VERSIONS},
+    }  # fmt: skip
+
+
+def _with_recorded_skips(config: Config, workdir: Path) -> Config:
+    """The config, with the rows that earlier attempts have skipped skipped from the start."""
+    for name, _ in config.stream():
+        spans = from_first(f"skipped rows of {name}", skipped_rows(workdir, name))
+        config = skipping(config, name, tuple((start, stop) for start, stop in spans))
+    return config
 
 
 def _plan_stages(config: Config) -> list[StageContext]:
@@ -77,11 +126,21 @@ def _plan_stages(config: Config) -> list[StageContext]:
     return stages[::-1]
 
 
-def _check(config: Config, workdir: Path) -> epath.Path:
+def _check(
+    config: Config, workdir: Path, root: epath.Path, allowed: Iterable[str],
+    described: dict[str, Any], events: EventLog,
+) -> epath.Path:  # fmt: skip
     """Refuses what cannot run, then makes the workdir; returns the root of the data."""
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir}: this is a file; name a folder.")
-    check_start(config, workdir)
+    check_start(config, root)
+    newest = newest_meta(config, root)
+    changes = {}
+    if newest is not None:
+        path, meta = newest
+        changes = check_drift(meta["config"], json.loads(json.dumps(described)), allowed, str(path))
+    elif allowed := tuple(allowed):
+        raise ConfigError(f"--allow_config_change={allowed[0]}: {root} has no checkpoint yet.")
     is_first = jax.process_index() == 0
     if is_first:
         prepare_data(config)
@@ -92,45 +151,31 @@ def _check(config: Config, workdir: Path) -> epath.Path:
     _check_tokenizer(config, data_root)
     require_shared(workdir)
     if is_first:
-        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        (workdir / "config.json").write_text(json.dumps(described, indent=1) + "\n")
         (workdir / "tokenizer.json").write_bytes((data_root / "tokenizer.json").read_bytes())
+    start_clock().mark("data")
+    if changes:
+        events.write("config_change", changes=changes)
     return data_root
 
 
-def train_stage(run: RunContext, stage: StageContext, source: str | Path | None) -> None:
-    """Trains what is left of one stage, from its own checkpoint or from `source`."""
-    plan, config = stage.plan, run.config
-    factory = StateFactory(
-        stage_shape(config, plan.stage), config.optimizer, plan.stage.objective, stage.mesh
-    )
-    with StageCheckpoints(run.workdir / plan.name, config.checkpoint.keep) as checkpoints:
-        position = checkpoints.latest()
-        if position is not None and position.rows >= plan.total_rows:
-            run.progress.message(f"{plan.name}: finished at step {position.step:,}.")
-            log_once(run.log, "stage_end", position)
-            return
-        if position is not None:
-            state = checkpoints.restore(factory.abstract(), position.step)
-            # It may skip other rows from here on than it meant to when it was saved.
-            position = dataclasses.replace(position, skip_rows=plan.stage.skip_rows)
-        elif source is None:
-            state, position = fresh_state(factory, config, plan.name)
-        else:
-            state, position = state_from(source, factory, config, plan.name)
-        run.log.rewind(position.step)
-        StageRun(run, stage, checkpoints, state, position).run()
+def _tell_finished(run: RunContext, plan: StagePlan) -> None:
+    """Of a stage before the one that the run goes on in; its checkpoints are not needed."""
+    steps = steps_of(run.root / plan.name)
+    step = f" at step {steps[-1]:,}" if steps else ""
+    run.progress.message(f"{plan.name}: finished{step}.")
 
 
 def _finish(run: RunContext) -> dict[str, Any]:
     """Writes the baselines and the end of the run; returns its summary."""
-    with StageCheckpoints(run.workdir / run.config.stream()[-1][0], read_only=True) as checkpoints:
-        position = checkpoints.latest()
-    assert position is not None, "the last stage has just been trained"
+    position = load_position(run.root / run.config.stream()[-1][0])
     wanted = run.config.evaluation.ngram_baselines and jax.process_index() == 0
     if wanted and not is_logged(run.log, "finished", position):
         for record in ngram_baselines(run.config, run.data_root):
             run.log.write(record | {"step": position.step})
     barrier("baselines", timeout=3600)
+    if not is_logged(run.log, "finished", position):
+        run.events.write("finished", **where(position))
     log_once(run.log, "finished", position)
     return {
         "workdir": str(run.workdir),
@@ -167,7 +212,7 @@ def _check_tokenizer(config: Config, data_root: epath.Path) -> None:
         return
     # A run's tokenizer lies in its workdir, a converted checkpoint's in its own folder.
     origin = Path(config.init_from)
-    workdir = origin.parent if stage_steps(origin) else origin
+    workdir = origin.parent if steps_of(epath.Path(origin)) else origin
     for theirs in (origin / "tokenizer.json", workdir / "tokenizer.json"):
         if theirs.is_file() and tokenizer_hash(theirs) != tokenizer_hash(path):
             raise ConfigError(

@@ -15,7 +15,7 @@ import pytest
 from micro_run import BATCH, command, micro_config, ouro, write_config
 
 import ouro_jax
-from ouro_jax.cli.checkpoint import open_checkpoint
+from ouro_jax.cli.open_checkpoint import open_checkpoint
 from ouro_jax.config import DataConfig, MeshConfig
 from ouro_jax.data.interleave import Interleave
 from ouro_jax.data.rows import read_manifest

@@ -4,10 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from ouro_jax.config import STAGE_ORDER, ModelConfig
 from ouro_jax.errors import ConfigError
 from ouro_jax.interop.huggingface import load_huggingface
-from ouro_jax.training.checkpoints import latest_stage, load_params, stage_steps
+from ouro_jax.training.checkpoint_files import steps_of
+from ouro_jax.training.checkpoints import checkpoint_root, latest_stage, load_params
 from ouro_jax.training.start import is_huggingface
 
 
@@ -41,9 +44,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def has_checkpoint(workdir: str | Path) -> bool:
     """Whether a workdir holds a checkpoint of any stage yet."""
-    return any(stage_steps(Path(workdir) / name) for name in STAGE_ORDER)
+    root = checkpoint_root(workdir)
+    return any(steps_of(root / name) for name in STAGE_ORDER)
 
 
-def _tokenizer(*folders: Path) -> Path | None:
-    files = [folder / "tokenizer.json" for folder in folders]
+def _tokenizer(*folders: epath.PathLike) -> Path | None:
+    files = [Path(folder) / "tokenizer.json" for folder in folders]
     return next((file for file in files if file.is_file()), None)
