@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from ouro_jax.reporting.attempts import Record, Timeline, make_timeline
 from ouro_jax.training.timing import time_spent
-
-Record = dict[str, Any]
 
 
 @dataclass
@@ -28,11 +26,16 @@ class StageHistory:
 
 @dataclass
 class RunHistory:
-    """A whole run: its stages in order, baselines by source, and events."""
+    """A whole run: its stages in order, baselines by source, events of the log and attempts.
+
+    `times` are the lines of `times.jsonl`.
+    """
 
     stages: list[StageHistory] = field(default_factory=list)
     baselines: dict[str, Record] = field(default_factory=dict)
     events: list[Record] = field(default_factory=list)
+    times: Sequence[Record] = ()
+    timeline: Timeline = field(default_factory=Timeline)
 
     @property
     def tokens(self) -> int:
@@ -55,9 +58,13 @@ class RunHistory:
         return [stage for stage in self.stages if stage.heldout]
 
 
-def sort_records(records: list[Record], times: Sequence[Record] = ()) -> RunHistory:
-    """Sorts the records of `read_log`, kinds that it does not know left out, and `read_times`."""
-    run = RunHistory()
+def sort_records(
+    records: list[Record], times: Sequence[Record] = (), events: Sequence[Record] = ()
+) -> RunHistory:
+    """Sorts the records of `read_log`, kinds that it does not know left out, and of `read_times`
+    and `read_events`.
+    """
+    run = RunHistory(times=times, timeline=make_timeline(events, times))
     for record in records:
         kind = record["kind"]
         if kind == "baseline":
@@ -89,12 +96,16 @@ def _stage_of(run: RunHistory, record: Record) -> StageHistory:
     return run.stages[-1]
 
 
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The unit in which one says a duration, in seconds, and its name."""
+    units = ((86_400, "days"), (3_600, "h"), (60, "min"))
+    return next((unit for unit in units if seconds >= 2 * unit[0]), (1, "s"))
+
+
 def short_time(seconds: float) -> str:
     """A duration as one says it: 41 s, 12 min, 3.4 h, 5.2 days."""
-    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+    size, unit = time_unit(seconds)
+    return f"{seconds / size:.3g} {unit}"
 
 
 def short_count(number: float) -> str:

@@ -81,17 +81,22 @@ def header(name: str, run: RunHistory, planned: Sequence[str]) -> str:
         *_model_facts(run),
         *_time_facts(run),
     ]
-    cells = "".join(
-        f"<div><dt>{escape(what)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>\n"
-        for what, value, more in facts
-    )
     return (
         '<header>\n<p class="kicker">Training report of a looped language model</p>\n'
         f'<h1>{escape(name)}</h1>\n<p class="lead">A looped model runs the same layers several '
         "times over each token, and a small gate says after each loop whether the token may "
         "leave. This page shows what training did to the loss at each depth, and how deep the "
-        f'tokens go.</p>\n<dl class="facts">\n{cells}</dl>\n</header>\n'
+        f"tokens go.</p>\n{fact_list(facts)}</header>\n"
     )
+
+
+def fact_list(facts: Iterable[tuple[str, str, str]]) -> str:
+    """Boxes, each with what it is about, a short value and more about it."""
+    cells = "".join(
+        f"<div><dt>{escape(what)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>\n"
+        for what, value, more in facts
+    )
+    return f'<dl class="facts">\n{cells}</dl>\n'
 
 
 def _model_facts(run: RunHistory) -> list[tuple[str, str, str]]:
@@ -176,7 +181,7 @@ def timeline_section(run: RunHistory) -> str:
     if not run.events:
         return section(title, "", missing("No events were recorded."))
     rows = "".join(
-        f'<tr><td>{_moment(event["time"])}</td><td class="text">{escape(_what(event))}</td>'
+        f'<tr><td>{moment(event["time"])}</td><td class="text">{escape(_what(event))}</td>'
         f"<td>{event['step']:,}</td><td>{event['tokens']:,}</td></tr>\n"
         for event in run.events
     )
@@ -258,7 +263,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _moment(seconds: float) -> str:
+def moment(seconds: float) -> str:
+    """A time since 1970 as date and time, UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 

@@ -39,6 +39,11 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 12.0,
     "lines.linewidth": 1.6, "lines.solid_capstyle": "round",
 }  # fmt: skip
+# What time went to has the same colour in every figure.
+PART_COLOURS = dict(zip((*PARTS, *LOST_PARTS), (
+    ACCENT, *(STAND_INS[f"loop-{n}"] for n in (1, 2, 7, 8)), FAINT,
+    *(STAND_INS[f"loop-{n}"] for n in (3, 4)),
+), strict=True))  # fmt: skip
 PIXELS_PER_INCH = 72
 # No stage is drawn narrower than this share of the width: 20B of 7.7T tokens would be 3 pixels.
 MIN_STAGE_SHARE = 0.1
@@ -139,7 +144,7 @@ def loss_per_loop(run: RunHistory, canvas: Canvas) -> Figure:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("nats per token")
-    _legend(figure, axes, canvas)
+    legend(figure, axes, canvas)
     return figure
 
 
@@ -158,7 +163,7 @@ def exit_distribution(run: RunHistory, canvas: Canvas) -> Figure:
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("share of exits")
-    _legend(figure, axes, canvas)
+    legend(figure, axes, canvas)
     return figure
 
 
@@ -176,7 +181,7 @@ def mean_depth(run: RunHistory, canvas: Canvas) -> Figure:
     axes.set_ylim(bottom=0.8)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loops")
-    _legend(figure, axes, canvas)
+    legend(figure, axes, canvas)
     return figure
 
 
@@ -201,7 +206,7 @@ def heldout_by_depth(run: RunHistory, canvas: Canvas) -> Figure:
     for axes in grid[len(sources) :]:
         axes.set_visible(False)
     grid[0].set_ylabel("bits per byte")
-    _legend(figure, grid[0], canvas, others=list(grid[1 : len(sources)]))
+    legend(figure, grid[0], canvas, others=list(grid[1 : len(sources)]))
     return figure
 
 
@@ -221,7 +226,7 @@ def learning_rate_and_batch(run: RunHistory, canvas: Canvas) -> Figure:
     """Learning rate, and tokens per optimizer step."""
     panels = (
         ("learning rate", "learning_rate", "{x:g}"),
-        ("tokens per batch", "batch_tokens", FuncFormatter(_short_tick)),
+        ("tokens per batch", "batch_tokens", FuncFormatter(short_tick)),
     )
     return _panels(run, canvas, panels)
 
@@ -230,7 +235,7 @@ def speed(run: RunHistory, canvas: Canvas) -> Figure:
     """Tokens per second and device, and the share of the peak that the model's FLOPs make."""
     peak = _trained(run)[-1].train[-1]["mfu_peak"]
     panels = (
-        ("tokens/s per device", "tokens_per_second_per_device", FuncFormatter(_short_tick)),
+        ("tokens/s per device", "tokens_per_second_per_device", FuncFormatter(short_tick)),
         ("MFU", "mfu", PercentFormatter()),
     )
     figure = _panels(run, canvas, panels)
@@ -255,7 +260,7 @@ def step_seconds(run: RunHistory, canvas: Canvas) -> Figure:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("seconds per step")
-    _legend(figure, axes, canvas)
+    legend(figure, axes, canvas)
     return figure
 
 
@@ -271,9 +276,9 @@ def where_time_went(run: RunHistory, canvas: Canvas) -> Figure:
     shares = 100 * seconds / walls[:, None]
     figure = canvas.figure(120 + 34 * len(names) + (60 if canvas.narrow else 0))
     axes = figure.subplots()
-    colours = (ACCENT, *(loop_colour(n) for n in (1, 2, 7, 8)), FAINT, *map(loop_colour, (3, 4)))
     left = np.zeros(len(names))
-    for place, (part, colour) in enumerate(zip(parts, colours, strict=True)):
+    for place, part in enumerate(parts):
+        colour = PART_COLOURS[part]
         axes.barh(names, shares[:, place], left=left, color=colour, height=0.62, label=part)
         left += shares[:, place]
     for row, wall in enumerate(walls):
@@ -283,7 +288,7 @@ def where_time_went(run: RunHistory, canvas: Canvas) -> Figure:
     axes.grid(False)
     axes.xaxis.set_major_formatter(PercentFormatter())
     axes.set_xlabel("share of wall time")
-    _legend(figure, axes, canvas)
+    legend(figure, axes, canvas)
     return figure
 
 
@@ -345,7 +350,7 @@ def loop_colour(loop: int) -> str:
     return STAND_INS[f"loop-{min(loop, MAX_LOOP_COLOURS)}"]
 
 
-def _legend(figure: Figure, axes: Axes, canvas: Canvas, others: Sequence[Axes] = ()) -> None:
+def legend(figure: Figure, axes: Axes, canvas: Canvas, others: Sequence[Axes] = ()) -> None:
     """One entry for each label, under the figure."""
     entries = {}
     for each in (axes, *others):
@@ -357,5 +362,6 @@ def _legend(figure: Figure, axes: Axes, canvas: Canvas, others: Sequence[Axes] =
     )  # fmt: skip
 
 
-def _short_tick(value: float, _: int) -> str:
+def short_tick(value: float, _: int) -> str:
+    """The label of a tick, for a FuncFormatter."""
     return short_count(value)

@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 
 from ouro_jax.config import Config, from_config_dict
 from ouro_jax.errors import ConfigError
-from ouro_jax.reporting import page, plots
+from ouro_jax.reporting import happenings, page, plots
+from ouro_jax.reporting.attempts import read_events
 from ouro_jax.reporting.history import RunHistory, sort_records
+from ouro_jax.reporting.timeline import timeline
 from ouro_jax.training.run_log import FILE_NAME, read_log
 from ouro_jax.training.timing import read_times
 
@@ -72,6 +74,15 @@ PLOTS = (
         "or for the host's other work.",
     ),
     Plot(
+        "The run over wall time", timeline,
+        "All attempts at the run, since the first began. Look for one steady climb. A fall is a "
+        "restart or a rollback, the red end before it the steps that were trained again, a shade "
+        "the time in which nothing ran. Dashed lines begin stages; ticks at the foot are "
+        "checkpoints, the tall ones kept for good. Each row of marks is one kind of thing that "
+        "happened, with its count; the strip says what the time went to.",
+        needs="seconds",
+    ),
+    Plot(
         "Where the time went", plots.where_time_went,
         "Wall time of each stage, all attempts together. Goodput is the share of steps that "
         "count; repeated are steps trained again after a restart, stopped the time between the "
@@ -86,12 +97,12 @@ PLOTS = (
 def write_report(workdir: str | Path, samples: Sequence[page.Sample] | None = None) -> Path:
     """Writes `workdir/report.html` and returns its path.
 
-    Reads `metrics.jsonl`, and `times.jsonl`, `config.json` and `samples.json` where they exist;
-    `samples` takes the place of the last. Raises ConfigError if the log is missing, corrupt or
-    empty.
+    Reads `metrics.jsonl`, and `times.jsonl`, `events.jsonl`, `config.json` and `samples.json` where
+    they exist; `samples` takes the place of the last. Raises ConfigError if the log is missing,
+    corrupt or empty.
     """
     workdir = Path(workdir)
-    run = sort_records(read_log(workdir), read_times(workdir))
+    run = sort_records(read_log(workdir), read_times(workdir), read_events(workdir))
     if not run.stages:
         raise ConfigError(
             f"{workdir / FILE_NAME}: no stage has begun, so there is nothing to report yet."
@@ -105,6 +116,7 @@ def write_report(workdir: str | Path, samples: Sequence[page.Sample] | None = No
         page.header(name, run, planned),
         page.heldout_section(run),
         *(_figure(plot, run) for plot in PLOTS),
+        happenings.happenings_section(run),
         page.samples_section(samples),
         page.timeline_section(run),
         _footer(config is None),

@@ -46,6 +46,7 @@ dl.facts {
   margin: 28px 0 0; background: var(--line); border: 1px solid var(--line);
   border-radius: 10px; overflow: hidden;
 }
+dl.facts + p { margin-top: 16px; }
 dl.facts div { background: var(--card); padding: 14px 18px; }
 dl.facts dt { font-size: 13px; color: var(--faint); }
 dl.facts dd {
@@ -63,6 +64,7 @@ th, td { padding: 7px 10px; text-align: right; white-space: nowrap; font-size: 1
 th { font-weight: 500; font-size: 13px; color: var(--faint); border-bottom: 1px solid var(--line); }
 td { border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; padding-left: 2px; }
+td.long { white-space: normal; overflow-wrap: anywhere; min-width: 24ch; }
 tr.mean td { font-weight: 600; border-bottom: 0; border-top: 1px solid var(--faint); }
 .trained { background: var(--band); font-weight: 600; }
 th.trained { color: var(--ink); }
@@ -106,6 +108,7 @@ footer { margin-top: 64px; color: var(--faint); font-size: 14px; }
   h2 { font-size: 22px; margin-top: 48px; }
   dl.facts { grid-template-columns: 1fr 1fr; }
   dl.facts div { padding: 10px 12px; }
+  dl.facts div:last-child:nth-child(odd) { grid-column: span 2; }
   dl.facts dd { font-size: 17px; }
   th, td { padding: 6px 7px; font-size: 14px; }
   th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }

@@ -12,6 +12,7 @@ from ouro_jax.training.timing import LOST_PARTS, PARTS
 
 STAGES = (("stable_1a", 8), ("stable_1b", 4), ("gate", 4))
 SOURCES = ("code", "prose & <b>verse</b>")
+NUM_TRAIN_PLOTS = sum(plot.needs == "train" for plot in PLOTS)
 SAMPLE = {
     "prompt": "What is <script>?", "tokens": ["an ", "<script>alert(1)</script>", "&lt;"],
     "depths": [1, 4, 2], "num_loops": 4, "stage": "gate",
@@ -204,15 +205,16 @@ def test_a_run_that_just_began_says_what_is_missing(tmp_path):
     text = Page(write_report(tmp_path).read_text()).text
     assert "not finished" in text and "in stable_1a, 0 of 1 stages done" in text
     assert "No held-out text was measured yet." in text and "No samples were written" in text
-    assert text.count("Left out: no training steps were logged yet.") == len(PLOTS) - 2
-    assert "Left out: no times were logged yet." in text and "Goodput" not in text.split("Where")[0]
+    assert text.count("Left out: no training steps were logged yet.") == NUM_TRAIN_PLOTS
+    assert text.count("Left out: no times were logged yet.") == 2
+    assert "Left out: this run wrote no events." in text and "Goodput" not in text
 
 
 def test_nulls_and_a_single_step_still_draw(tmp_path):
     records = synthetic_records()[:2]
     records[1] |= {"loss_per_loop": [None] * 8, "mean_depth": None}
     write_log(tmp_path, records)
-    assert write_report(tmp_path).read_text().count("<svg") == 2 * (len(PLOTS) - 2)
+    assert write_report(tmp_path).read_text().count("<svg") == 2 * NUM_TRAIN_PLOTS
 
 
 def test_an_empty_log_and_a_broken_side_file_are_named(tmp_path):
