@@ -5,14 +5,10 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from ouro_jax.training.run_log import read_lines
 
 Record = dict[str, Any]
 
-EVENTS_NAME = "events.jsonl"
 HAPPENINGS: tuple[str, ...] = (
     "kill", "failure", "stop", "rollback", "skip", "set_aside", "config_change", "alarm", "bad_row",
 )  # fmt: skip
@@ -53,12 +49,6 @@ class Timeline:
     def counts(self) -> Counter[str]:
         """How often each kind happened."""
         return Counter(event["kind"] for event in self.happenings)
-
-
-def read_events(workdir: str | Path) -> list[Record]:
-    """The lines of a run's `events.jsonl`; none where it is not there."""
-    path = Path(workdir) / EVENTS_NAME
-    return read_lines(path) if path.exists() else []
 
 
 def make_timeline(events: Sequence[Record], times: Sequence[Record]) -> Timeline:

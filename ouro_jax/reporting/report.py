@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from ouro_jax.config import Config, from_config_dict
 from ouro_jax.errors import ConfigError
 from ouro_jax.reporting import happenings, page, plots
-from ouro_jax.reporting.attempts import read_events
 from ouro_jax.reporting.history import RunHistory, sort_records
 from ouro_jax.reporting.timeline import timeline
+from ouro_jax.training.events import read_events
 from ouro_jax.training.run_log import FILE_NAME, read_log
 from ouro_jax.training.timing import read_times
 

@@ -17,7 +17,7 @@ from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.hosts import barrier, from_first, require_same, require_shared
 from ouro_jax.parallel.mesh import make_mesh, use_mesh
 from ouro_jax.training.checkpoint_files import steps_of
-from ouro_jax.training.checkpoints import Position, absolute, load_position
+from ouro_jax.training.checkpoints import absolute, load_position
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.drift import check_drift
 from ouro_jax.training.evaluation import ngram_baselines
@@ -87,7 +87,8 @@ def _train(
                          times, profiler, watchdog)  # fmt: skip
         found = find_in(run)
         start_clock().mark("verify")
-        events.write("start", **_where_it_runs(found), seconds=start_clock().seconds)
+        begins = where(found) if found else {"stage": stages[0].plan.name, "step": 0, "tokens": 0}
+        events.write("start", **begins, **_where_it_runs(), seconds=start_clock().seconds)
         source = config.init_from or None
         for stage in stages:
             if found is None or found.stage == stage.plan.name:
@@ -100,8 +101,8 @@ def _train(
         return _finish(run)
 
 
-def _where_it_runs(found: Position | None) -> dict[str, Any]:
-    return ({} if found is None else where(found)) | {
+def _where_it_runs() -> dict[str, Any]:
+    return {
         "processes": jax.process_count(), "devices": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
         "versions": {name: metadata.version(name) for name in VERSIONS},

@@ -50,7 +50,8 @@ def stage(state, tmp_path_factory):
     with StageCheckpoints(folder, keep=2) as checkpoints:
         early = dataclasses.replace(POSITION, step=20, rows=160)
         for position in (dataclasses.replace(POSITION, step=10), early, POSITION):
-            checkpoints.save(state, position, {"name": "test"})
+            checkpoints.save(state, position, {"name": "test"}, permanent=False)
+            checkpoints.wait()
     return folder
 
 
@@ -59,8 +60,8 @@ def stage(state, tmp_path_factory):
 )
 def test_a_state_comes_back_bit_for_bit_on_another_mesh(stage, state, mesh, devices):
     target = factory(mesh, devices).abstract()
+    assert load_position(stage) == POSITION
     with StageCheckpoints(stage, read_only=True) as checkpoints:
-        assert checkpoints.latest() == POSITION
         restored = checkpoints.restore(target, 120)
     assert_same_bits(restored, state)
     for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
@@ -108,6 +109,7 @@ def test_parameters_alone_keep_their_dtypes(tmp_path, stage, state):
 
 def make_checkpoint(folder):
     (folder / "7" / "meta").mkdir(parents=True)
+    (folder / "7" / "SHA256SUMS").touch()
     return folder
 
 
@@ -116,6 +118,7 @@ def test_the_last_stage_begun_is_meant(tmp_path):
         make_checkpoint(tmp_path / name)
     (tmp_path / "sft").mkdir()  # begun, nothing saved
     (tmp_path / "mid_training" / "3.orbax-checkpoint-tmp-1").mkdir(parents=True)
+    (tmp_path / "gate" / "9").mkdir(parents=True)  # killed before the checksums were there
     assert latest_stage(tmp_path) == tmp_path / "long_context"
     assert latest_stage(str(tmp_path / "stable_1a")) == tmp_path / "stable_1a"
     with pytest.raises(ConfigError, match="no checkpoint here; expected a workdir"):
@@ -125,7 +128,16 @@ def test_the_last_stage_begun_is_meant(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{", "{}", '{"model": {"vocab": 3}}', "[]", '{"schema_version": 1}']
+    "content",
+    [
+        None,
+        "{",
+        "{}",
+        '{"model": {"vocab": 3}}',
+        "[]",
+        '{"schema_version": 1}',
+        '{"schema_version": 3}',
+    ],
 )
 def test_an_unreadable_position_names_its_file(tmp_path, content):
     file = make_checkpoint(tmp_path / "anneal") / "7" / "meta" / "metadata"
