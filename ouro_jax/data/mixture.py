@@ -17,13 +17,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import grain
-import numpy as np
 from etils import epath
 
+from ouro_jax.data.bad_rows import BadRows, UnreadableRow
 from ouro_jax.data.batch import Batch, batch_from_rows
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.interleave import Interleave
-from ouro_jax.data.rows import MANIFEST, OPEN_SHARDS, Manifest, Row, RowSource, open_rows
+from ouro_jax.data.rows import (
+    MANIFEST,
+    OPEN_SHARDS,
+    Manifest,
+    Row,
+    RowSource,
+    open_rows,
+    padding_row,
+)
 from ouro_jax.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_hash
 from ouro_jax.errors import ConfigError, nearest
 
@@ -50,6 +58,8 @@ class Mixture:
     """An endless sequence of rows, numbered from 0, drawn from sources as `order` says.
 
     Source s is read from its row `first_rows[s]` on: row 0 unless others have read it before.
+    With `bad_rows`, rows that cannot be read are counted there and replaced by padding, which
+    moves no other row; without, the first one ends the reading.
     """
 
     def __init__(
@@ -58,8 +68,9 @@ class Mixture:
         order: Interleave,
         seeds: Mapping[str, int],
         first_rows: Mapping[str, int] | None = None,
+        bad_rows: BadRows | None = None,
     ):
-        self.order = order
+        self.order, self._bad_rows = order, bad_rows
         self._sources = dict(sources)
         self._first_rows = {name: (first_rows or {}).get(name, 0) for name in self._sources}
         self._datasets = {
@@ -73,9 +84,15 @@ class Mixture:
         return name, index_in_source + self._first_rows[name]
 
     def row(self, index: int) -> Row:
-        """Global row `index`."""
+        """Global row `index`; UnreadableRow, or what `bad_rows` raises, if it cannot be read."""
         name, index_in_source = self.locate(index)
-        row = self._datasets[name][index_in_source]
+        try:
+            row = self._datasets[name][index_in_source]
+        except UnreadableRow as error:
+            if self._bad_rows is None:
+                raise
+            self._bad_rows.skip(error)
+            return padding_row(self._sources[name].manifest.sequence_length)
         assert row is not None  # Grain's sign for a filtered element; nothing is filtered here
         return row
 
@@ -163,11 +180,12 @@ def open_mixture(
     first_rows: Mapping[str, int] | None = None,
     skip_rows: tuple[tuple[int, int], ...] = (),
     other_sources: Iterable[str] = (),
+    bad_rows: BadRows | None = None,
 ) -> Mixture:
     """Opens the rows `root/<source>/<split>-<sequence_length>/` of every source with a weight.
 
-    `first_rows` and `skip_rows` are those of `Mixture` and `Interleave`. A source has the same
-    order of rows in every mixture of the same `seed` that knows the same sources;
+    `first_rows`, `bad_rows` and `skip_rows` are those of `Mixture` and `Interleave`. A source has
+    the same order of rows in every mixture of the same `seed` that knows the same sources;
     `other_sources` names those that are not in this one.
 
     Raises ConfigError if the weights do not sum to one, a source or rows of this length are
@@ -186,7 +204,7 @@ def open_mixture(
     }
     _allow_open_files(sum(min(len(s.manifest.shards), OPEN_SHARDS) for s in sources.values()))
     seeds = source_seeds({*sources, *other_sources}, seed)
-    return Mixture(sources, Interleave(weights, skip_rows), seeds, first_rows)
+    return Mixture(sources, Interleave(weights, skip_rows), seeds, first_rows, bad_rows)
 
 
 def _allow_open_files(shards: int) -> None:
@@ -315,7 +333,7 @@ def heldout_batches(
     bytes_V = token_byte_lengths(load_tokenizer(epath.Path(root) / "tokenizer.json"))
     count = min(len(rows), max_rows)
     chosen = [index * len(rows) // count for index in range(count)]
-    padding = Row(np.zeros(sequence_length, np.int32), np.zeros(0, np.uint32))
+    padding = padding_row(sequence_length)
     for start in range(0, count, batch_rows):
         members = [rows[index] for index in chosen[start : start + batch_rows]]
         members += [padding] * (batch_rows - len(members))

@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from ouro_jax.data.bad_rows import UnreadableRow
 from ouro_jax.data.folder import Folder
 from ouro_jax.data.workers import Advance, run_pieces
 from ouro_jax.errors import ConfigError, RunError
@@ -109,16 +110,33 @@ def encode_row(row: Row, dtype: np.dtype) -> bytes:
     return row.tokens.astype(dtype).tobytes() + mask + row.segment_lengths.astype("<u4").tobytes()
 
 
-def decode_row(record: bytes, dtype: np.dtype, sequence_length: int, has_loss_mask: bool) -> Row:
-    """The row of `record`; arrays are read-only views where they can be."""
-    tokens = np.frombuffer(record, dtype, sequence_length)
+def decode_row(record: bytes, manifest: Manifest) -> Row:
+    """The row of `record`; arrays are read-only views where they can be.
+
+    ValueError if it does not fit the manifest: by its size, by a token id beyond the vocabulary,
+    or by documents that are longer than the row.
+    """
+    length = manifest.sequence_length
+    tokens = np.frombuffer(record, token_dtype(manifest.vocab_size), length)
     offset = tokens.nbytes
     mask = None
-    if has_loss_mask:
-        bits = np.frombuffer(record, np.uint8, -(-sequence_length // 8), offset)
+    if manifest.has_loss_mask:
+        bits = np.frombuffer(record, np.uint8, -(-length // 8), offset)
         offset += bits.nbytes
-        mask = np.unpackbits(bits, count=sequence_length).astype(bool)
-    return Row(tokens, np.frombuffer(record, "<u4", offset=offset), mask)
+        mask = np.unpackbits(bits, count=length).astype(bool)
+    row = Row(tokens, np.frombuffer(record, "<u4", offset=offset), mask)
+    used, highest = int(row.segment_lengths.sum()), int(tokens.max())
+    if used > length or highest >= manifest.vocab_size:
+        raise ValueError(
+            f"{used} tokens in a row of {length}, highest id {highest} of a vocabulary of "
+            f"{manifest.vocab_size}"
+        )
+    return row
+
+
+def padding_row(sequence_length: int) -> Row:
+    """A row without documents: no token of it is scored or trained on."""
+    return Row(np.zeros(sequence_length, np.uint16), np.zeros(0, np.uint32))
 
 
 def write_shard(
@@ -179,7 +197,6 @@ class RowSource:
 
     def __init__(self, folder: Folder, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
-        self._dtype = token_dtype(manifest.vocab_size)
         self._ends = list(itertools.accumulate(shard.rows for shard in manifest.shards))
         self._reader = functools.lru_cache(OPEN_SHARDS)(self._open)
 
@@ -187,22 +204,18 @@ class RowSource:
         return self.manifest.rows
 
     def __getitem__(self, index: int) -> Row:
-        """Row `index`; ConfigError names the shard if it cannot be read."""
+        """Row `index`; UnreadableRow names shard and record if it cannot be read or is not ours."""
         number = bisect.bisect_right(self._ends, index)
         if index < 0 or number == len(self._ends):
             raise IndexError(f"{self.folder}: row {index} of {len(self):,}")
-        manifest = self.manifest
-        record = index - self._ends[number] + manifest.shards[number].rows
+        shard = self.manifest.shards[number]
+        record = index - self._ends[number] + shard.rows
         try:
             (content,) = self._reader(number).read([record])
-            return decode_row(
-                content, self._dtype, manifest.sequence_length, manifest.has_loss_mask
-            )
+            return decode_row(content, self.manifest)
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"{self.folder.path(manifest.shards[number].name)}, record {record}: cannot be "
-                f"read ({error}). Run `ouro data verify {self.folder}`."
-            ) from error
+            path = self.folder.path(shard.name)
+            raise UnreadableRow(self.folder.parent_name, path, record, str(error)) from error
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
@@ -299,7 +312,6 @@ def _verify_shard(
     """Reads a shard: checksum, row count, lengths, token ids. Returns its tokens."""
     folder, shard = Folder(directory), manifest.shards[number]
     path = folder.path(shard.name)
-    dtype, length = token_dtype(manifest.vocab_size), manifest.sequence_length
     # Record by record from object storage would take a request for each.
     with folder.reading(shard.name) as local:
         if file_sha256(local) != shard.sha256:
@@ -311,18 +323,12 @@ def _verify_shard(
             )
         for index in range(shard.rows):
             try:
-                row = decode_row(reader.read(), dtype, length, manifest.has_loss_mask)
+                row = decode_row(reader.read(), manifest)
             except ValueError as error:
                 raise ConfigError(
                     f"{path}, record {index} does not fit the manifest: {error}."
                 ) from error
-            used, highest = int(row.segment_lengths.sum()), int(row.tokens.max())
-            if used > length or highest >= manifest.vocab_size:
-                raise ConfigError(
-                    f"{path}, record {index} does not fit the manifest: {used} tokens in a row of "
-                    f"{length}, highest id {highest} of a vocabulary of {manifest.vocab_size}."
-                )
-            tokens += used
+            tokens += int(row.segment_lengths.sum())
         reader.close()
     advance(shard.bytes, tokens)
     return tokens

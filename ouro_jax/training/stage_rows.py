@@ -3,13 +3,18 @@
 from etils import epath
 
 from ouro_jax.config import Config
+from ouro_jax.data.bad_rows import BadRows
 from ouro_jax.data.mixture import Mixture, open_mixture
 from ouro_jax.errors import ConfigError
 from ouro_jax.training.curriculum import StagePlan, first_rows
 
 
-def open_stage_mixture(config: Config, root: epath.Path, plan: StagePlan) -> Mixture:
+def open_stage_mixture(
+    config: Config, root: epath.Path, plan: StagePlan, bad_rows: BadRows | None = None
+) -> Mixture:
     """The training rows of a stage; each source goes on where the earlier stages left it.
+
+    Unreadable rows are counted in `bad_rows` and skipped; without it, they end the reading.
 
     Raises ConfigError as `open_mixture` does, and if a source would be read more often than
     `max_epochs` allows.
@@ -24,6 +29,7 @@ def open_stage_mixture(config: Config, root: epath.Path, plan: StagePlan) -> Mix
         skip_rows=plan.stage.skip_rows,
         # Every stage knows all sources, so that a source has one order of rows in all of them.
         other_sources=[name for stage in config.stages.values() for name in stage.mixture],
+        bad_rows=bad_rows,
     )
     _check_epochs(plan, mixture)
     return mixture
