@@ -1,7 +1,7 @@
 """Unreadable rows: what one is, and how many of them a run may skip."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ouro_jax.errors import ConfigError
@@ -31,12 +31,16 @@ class BadRows:
     """Counts the unreadable rows that were skipped, each record once however often it is met.
 
     `tell` hears of every such record once, from the thread that read it and some steps before
-    the row's turn: {"source", "shard", "record", "reason"}. A process counts what it reads itself.
+    the row's turn: {"source", "shard", "record", "reason"}. `known` are such records that were told
+    of before. A process counts what it reads itself.
     """
 
-    def __init__(self, limit: int, tell: Callable[[dict[str, Any]], None]):
+    def __init__(
+        self, limit: int, tell: Callable[[dict[str, Any]], None],
+        known: Iterable[Mapping[str, Any]] = (),
+    ):  # fmt: skip
         self._limit, self._tell = limit, tell
-        self._seen: set[tuple[str, str, int]] = set()
+        self._seen = {(row["source"], row["shard"], row["record"]) for row in known}
         self._lock = threading.Lock()
 
     def skip(self, row: UnreadableRow) -> None:

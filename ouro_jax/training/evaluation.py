@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from ouro_jax.config import Config
+from ouro_jax.data.bad_rows import BadRows
 from ouro_jax.data.batch import Batch
 from ouro_jax.data.mixture import heldout_batches, list_sources
 from ouro_jax.data.ngram import evaluate_ngrams, fit_ngrams
@@ -68,13 +69,15 @@ def _record(source: str, sums: Any, num_bytes: int, trained_loops: int) -> dict[
     }
 
 
-def ngram_baselines(config: Config, root: epath.Path) -> Iterator[dict[str, Any]]:
+def ngram_baselines(
+    config: Config, root: epath.Path, bad_rows: BadRows
+) -> Iterator[dict[str, Any]]:
     """One `baseline` record per source: n-gram models fitted on the rows the whole run saw.
 
     Reads every training row again, so it is for small runs; evaluated on the same held-out rows
     as the model, at the last stage's row length.
     """
-    model = fit_ngrams(_training_batches(config, root), config.model.vocab_size)
+    model = fit_ngrams(_training_batches(config, root, bad_rows), config.model.vocab_size)
     length = config.stream()[-1][1].sequence_length
     rows = config.evaluation.rows_per_source
     for source in heldout_sources(config, root, length):
@@ -88,9 +91,9 @@ def ngram_baselines(config: Config, root: epath.Path) -> Iterator[dict[str, Any]
         }
 
 
-def _training_batches(config: Config, root: epath.Path) -> Iterator[Batch]:
+def _training_batches(config: Config, root: epath.Path, bad_rows: BadRows) -> Iterator[Batch]:
     for name, stage in config.stream():
         plan = StagePlan(name, stage)
-        mixture = open_stage_mixture(config, root, plan)
+        mixture = open_stage_mixture(config, root, plan, bad_rows)
         for start in range(0, plan.total_rows, 256):
             yield mixture.read(start, min(256, plan.total_rows - start))

@@ -41,7 +41,8 @@ class Verdict(NamedTuple):
 
 def fresh_guard() -> GuardState:
     """Of a stage that begins: nothing has been seen."""
-    return GuardState(jnp.full(WINDOW, jnp.nan), jnp.full(WINDOW, jnp.nan))
+    nothing = jnp.full(WINDOW, jnp.nan, jnp.float32)
+    return GuardState(nothing, nothing)
 
 
 def judge(

@@ -9,6 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ouro_jax.config import Config, ModelConfig, Stage
+from ouro_jax.data.bad_rows import BadRows
 from ouro_jax.training.checkpoints import Position
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.events import EventLog
@@ -37,6 +38,7 @@ class RunContext:
     times: RunTimes
     profiler: Profiler
     watchdog: Watchdog
+    bad_rows: BadRows
 
 
 @dataclasses.dataclass(frozen=True)

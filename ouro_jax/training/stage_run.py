@@ -45,7 +45,7 @@ class StageRun:
                  state: TrainState, position: Position):  # fmt: skip
         self.run_, self.context, self.plan = run, stage, stage.plan
         self.state, self.position = state, position
-        self.mixture = open_stage_mixture(run.config, run.data_root, self.plan)
+        self.mixture = open_stage_mixture(run.config, run.data_root, self.plan, run.bad_rows)
         self.config, self.stage = run.config, self.plan.stage
         self.spec = step_spec(run.config, stage)
         self.step = compiled_train_step(self.spec)

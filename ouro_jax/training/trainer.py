@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 from etils import epath
 
 from ouro_jax.config import Config, to_dict
+from ouro_jax.data.bad_rows import BadRows
 from ouro_jax.data.embedded import SOURCES, build_embedded
 from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from ouro_jax.errors import ConfigError
@@ -21,7 +23,7 @@ from ouro_jax.training.checkpoints import absolute, load_position
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.drift import check_drift
 from ouro_jax.training.evaluation import ngram_baselines
-from ouro_jax.training.events import EventLog, skipped_rows
+from ouro_jax.training.events import EventLog, read_events, skipped_rows
 from ouro_jax.training.layout_choice import choose_layout
 from ouro_jax.training.profiling import Profiler
 from ouro_jax.training.progress import Progress
@@ -84,7 +86,7 @@ def _train(
         )) as profiler,
     ):  # fmt: skip
         run = RunContext(config, described, workdir, root, data_root, log, events, progress,
-                         times, profiler, watchdog)  # fmt: skip
+                         times, profiler, watchdog, _bad_rows(config, workdir, events))  # fmt: skip
         found = find_in(run)
         start_clock().mark("verify")
         begins = where(found) if found else {"stage": stages[0].plan.name, "step": 0, "tokens": 0}
@@ -107,6 +109,17 @@ def _where_it_runs() -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "versions": {name: metadata.version(name) for name in VERSIONS},
     }  # fmt: skip
+
+
+def _bad_rows(config: Config, workdir: Path, events: EventLog) -> BadRows:
+    """The unreadable rows of the run, those of earlier attempts counted."""
+
+    def tell(row: dict[str, Any]) -> None:
+        print(f"unreadable row skipped: {row}", file=sys.stderr, flush=True)
+        events.write("bad_row", **row)
+
+    known = [event for event in read_events(workdir) if event["kind"] == "bad_row"]
+    return BadRows(config.data.max_bad_rows, tell, known)
 
 
 def _with_recorded_skips(config: Config, workdir: Path) -> Config:
@@ -172,7 +185,7 @@ def _finish(run: RunContext) -> dict[str, Any]:
     position = load_position(run.root / run.config.stream()[-1][0])
     wanted = run.config.evaluation.ngram_baselines and jax.process_index() == 0
     if wanted and not is_logged(run.log, "finished", position):
-        for record in ngram_baselines(run.config, run.data_root):
+        for record in ngram_baselines(run.config, run.data_root, run.bad_rows):
             run.log.write(record | {"step": position.step})
     barrier("baselines", timeout=3600)
     if not is_logged(run.log, "finished", position):

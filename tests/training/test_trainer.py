@@ -22,7 +22,7 @@ from ouro_jax.data.rows import read_manifest
 from ouro_jax.data.tokenizer import load_tokenizer
 from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.mesh import make_mesh
-from ouro_jax.training import trainer
+from ouro_jax.training import stage_trainer, trainer
 from ouro_jax.training.checkpoints import StageCheckpoints, load_params, load_position
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.run_log import read_log
@@ -237,8 +237,9 @@ def test_the_log_says_what_each_source_gave_and_where_it_started_again(config, f
     assert ("code", 2, "stable_1b") in [place[:3] for place in told]
 
 
-def starts(config, workdir, monkeypatch) -> list[tuple]:
-    """(position, state) that each stage would train from; nothing is trained."""
+def starts(config, workdir, monkeypatch, *changed) -> list[tuple]:
+    """(position, state) that each stage would train from, with `changed` keys of the config;
+    nothing is trained."""
     begun = []
 
     class Recorder:
@@ -248,9 +249,9 @@ def starts(config, workdir, monkeypatch) -> list[tuple]:
         def run(self):
             pass
 
-    monkeypatch.setattr(trainer, "StageRun", Recorder)
+    monkeypatch.setattr(stage_trainer, "StageRun", Recorder)
     monkeypatch.setattr(trainer, "_finish", lambda run: {})
-    trainer.train(config, workdir)
+    trainer.train(config, workdir, changed)
     return begun
 
 
@@ -264,6 +265,10 @@ def only(config, name, init_from, **changes):
     )  # fmt: skip
 
 
+# What `only` makes another of than the config was.
+CHANGED = ("first_stage", "stages.stable_1b", "stages.gate")
+
+
 def test_only_rows_that_lie_ahead_can_be_skipped_anew(config, finished, tmp_path, monkeypatch):
     shutil.copytree(finished / "stable_1b", tmp_path / "stable_1b")
 
@@ -274,7 +279,7 @@ def test_only_rows_that_lie_ahead_can_be_skipped_anew(config, finished, tmp_path
 
     # 640 rows were given, 40 skipped: 680 are behind.
     spans = (*SKIPPED, (680, 690), (700, 710))
-    ((position, _),) = starts(longer(*spans), tmp_path, monkeypatch)
+    ((position, _),) = starts(longer(*spans), tmp_path, monkeypatch, *CHANGED)
     assert (position.rows, position.skip_rows) == (640, spans)
     for changed in ((), ((300, 341),), (*SKIPPED, (679, 690))):
         with pytest.raises(ConfigError) as error:
@@ -355,13 +360,13 @@ def test_the_order_of_starts(config, finished, exported, tmp_path, monkeypatch):
     longer = only(config, "stable_1b", exported, tokens=90 * BATCH, transition="none")
     own = tmp_path / "own"
     shutil.copytree(finished / "stable_1b", own / "stable_1b")
-    ((position, state),) = starts(longer, own, monkeypatch)
+    ((position, state),) = starts(longer, own, monkeypatch, *CHANGED)
     expected, saved = whole_state(finished, "stable_1b")
     assert position == expected and position.rows == 80 * 8
     assert_same_bits(state, saved)
     # What the run has left behind may be gone.
     gone = dataclasses.replace(longer, init_from=str(tmp_path / "gone"))
-    assert starts(gone, own, monkeypatch)[0][0] == expected
+    assert starts(gone, own, monkeypatch, *CHANGED)[0][0] == expected
 
     previous = tmp_path / "previous"
     shutil.copytree(finished / "stable_1b", previous / "stable_1b")
@@ -369,7 +374,9 @@ def test_the_order_of_starts(config, finished, exported, tmp_path, monkeypatch):
         "stable_1b": dataclasses.replace(config.stages["stable_1b"], transition="none"),
         "gate": config.stages["gate"],
     })  # fmt: skip
-    ((position, state),) = starts(later, previous, monkeypatch)
+    ((position, state),) = starts(
+        later, previous, monkeypatch, "first_stage", "stages.stable_1a", "stages.stable_1b"
+    )
     assert (position.stage, position.step) == ("gate", STAGE_STEPS["stable_1b"])
     assert_same_bits(state.params, saved.params)
 
