@@ -26,6 +26,10 @@ class Stopped(RunError):
     exit_code = 75
 
 
+# What a process that was stuck leaves with, as `timeout` of coreutils does.
+STUCK_CODE = 124
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The hint ` Did you mean 'x'?` for a misspelt `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

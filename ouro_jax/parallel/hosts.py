@@ -18,6 +18,7 @@ nowhere else, because what is public (`multihost_utils`) is a collective: it can
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import secrets
@@ -37,7 +38,7 @@ from jax._src import cloud_tpu_init
 from jax._src.distributed import global_state
 from jax.errors import JaxRuntimeError
 
-from ouro_jax.errors import ConfigError, RunError, Stopped
+from ouro_jax.errors import STUCK_CODE, ConfigError, RunError, Stopped
 
 JOIN_SECONDS = 300  # the hosts of a pod come up minutes apart
 HEARTBEAT_SECONDS = 45
@@ -254,6 +255,8 @@ def _watch(done: threading.Event) -> None:
             return  # process 0 is gone: the client is about to abort
         if notices and not done.is_set():
             notice = json.loads(min(notices)[1])
+            if notice["code"] == STUCK_CODE:  # perhaps it waited for this one: where is it?
+                faulthandler.dump_traceback()
             _leave(notice["code"], f"error: {_me()} stops, because {notice['text']}")
 
 

@@ -111,7 +111,7 @@ class StageCheckpoints:
         self, position: Position, config: dict[str, Any], *, permanent: bool = True, **items: Any
     ) -> None:
         """Starts writing the Orbax items given, with `position` and `config` as JSON beside."""
-        self._await()
+        self.finish()
         meta = {"schema_version": SCHEMA_VERSION, "permanent": permanent, "config": config}
         args = ocp.args.Composite(meta=ocp.args.JsonSave(meta | _to_json(position)), **items)
         try:
@@ -130,15 +130,16 @@ class StageCheckpoints:
             self._finishing = self._worker.submit(self._finish, self._saving)
         if not self._finishing.done():
             return False
-        self._await()
+        self.finish()
         return True
 
     def wait(self) -> None:
         """Returns when what all processes saved is over; raises SaveError if it failed."""
-        self._await()
+        self.finish()
         barrier(f"{self.directory.name} saved")
 
-    def _await(self) -> None:
+    def finish(self) -> None:
+        """Returns when this process's part of a save is over; raises SaveError if it failed."""
         step, finishing = self._saving, self._finishing
         if step is None:
             return

@@ -15,7 +15,6 @@ Unlike the log of the training, `metrics.jsonl`, it is never rewound. Its lines 
 """
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ class EventLog:
             if self._lines is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._lines = Lines(self._path)
-            self._lines.append(json.dumps(record))
+            self._lines.append(record)
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:

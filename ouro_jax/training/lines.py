@@ -5,8 +5,10 @@ newline is there.
 """
 
 import json
+import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,9 @@ class Lines:
         self._pending = b""
         self._failure: OSError | None = None
 
-    def append(self, line: str) -> None:
-        """Writes `line`, or keeps it for the next time."""
-        self._pending += line.encode() + b"\n"
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes a record, or keeps it for the next time; NaN and infinities become null."""
+        self._pending += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
         self._write()
 
     def close(self) -> None:
@@ -77,6 +79,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
+
+
+def finite(value: Any) -> Any:
+    """A value of JSON with null in the place of NaN and infinities, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -5,7 +5,6 @@ The JSONL file is the record that everything else is made from; see `lines.py`.
 
 import importlib
 import json
-import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 from tensorboardX import SummaryWriter
 
 from ouro_jax.errors import ConfigError
-from ouro_jax.training.lines import Lines, read_lines, replace_file
+from ouro_jax.training.lines import Lines, finite, read_lines, replace_file
 
 FILE_NAME = "metrics.jsonl"
 # What places or sizes a record and is no curve of its own.
@@ -52,11 +51,11 @@ class RunLog:
         """Appends a record and mirrors its numbers; NaN and infinities are written as null."""
         if not self._enabled:
             return
-        record = _finite(record)
+        record = finite(record)
         if self._mirrors is None:
             # Opened late: they must know from where on an earlier, killed attempt is void.
             self._mirrors = self._open_mirrors()
-        self._file.append(json.dumps(record, allow_nan=False))
+        self._file.append(record)
         scalars = dict(scalars_of(record))
         for mirror in self._mirrors if scalars else ():
             mirror.write(scalars, record["tokens"])
@@ -199,11 +198,3 @@ def _import_wandb(project: str) -> Any:
 def _is_before(record: dict[str, Any], step: int) -> bool:
     at = record.get("step", -1)
     return at < step or (at == step and record.get("event") != "stage_start")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,7 @@ tried when it is due. Only at the end of a stage, from which the next one reads,
 import sys
 import time
 
+from ouro_jax.parallel.hosts import barrier
 from ouro_jax.training.checkpoints import Position, SaveError, StageCheckpoints
 from ouro_jax.training.recovery import Unsound
 from ouro_jax.training.stage_context import RunContext, StageContext, where
@@ -32,6 +33,7 @@ class Saves:
         Raises Unsound if the state is not finite or its replicas differ. With `wait`, SaveError.
         """
         began = time.perf_counter()
+        self._finish_previous()
         self._check(state, position)
         try:
             self._checkpoints.save(state, position, self._run.described, permanent=permanent)
@@ -65,8 +67,12 @@ class Saves:
 
     def finish(self) -> None:
         """Returns when no save is going on."""
+        self._finish_previous()
+        barrier("no save is going on")
+
+    def _finish_previous(self) -> None:
         try:
-            self._checkpoints.wait()
+            self._checkpoints.finish()
             self._over()
         except SaveError as error:
             self._failed(error, final=False)

@@ -98,6 +98,7 @@ class StageRun:
                 self.saves.save(self.state, self.position, permanent, wait=finished or stops)
             self.requests.saved()
             if stops:
+                self.run_.watchdog.answered()
                 raise Stopped(
                     f"stopped as asked, and saved at step {self.position.step:,}. Run the same "
                     "command again to go on."

@@ -9,7 +9,6 @@ that service to run.
 
 import contextlib
 import functools
-import json
 import math
 import os
 import threading
@@ -274,7 +273,7 @@ class RunTimes:
 
     def _write(self, kind: str, **fields: Any) -> None:
         if self._file is not None:
-            self._file.append(json.dumps({"kind": kind} | fields))
+            self._file.append({"kind": kind} | fields)
 
 
 def read_times(workdir: str | Path) -> list[dict[str, Any]]:

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ouro_jax.errors import Stopped
+from ouro_jax.errors import STUCK_CODE, Stopped
 from ouro_jax.parallel.hosts import stop_all
 from ouro_jax.settings import DeadlineConfig
 
-EXIT_CODE = 124
 POLL_SECONDS = 0.5
 # Launchers and process groups may deliver one signal twice.
 SAME_SIGNAL_SECONDS = 2.0
@@ -49,6 +48,10 @@ class Watchdog:
     def is_asked_to_stop(self) -> bool:
         """Whether SIGTERM has come."""
         return self._asked_at is not None
+
+    def answered(self) -> None:
+        """What was asked for is done: the loop ends by itself."""
+        self._asked_at = None
 
     def enter(self, phase: str) -> None:
         """The loop does this from now on: a field of DeadlineConfig."""
@@ -106,7 +109,7 @@ class Watchdog:
             print(f"\n{time.strftime('%F %T')}: {reason}", file=file, flush=True)
             faulthandler.dump_traceback(file)
         faulthandler.dump_traceback(sys.stderr)
-        self._leave(reason, EXIT_CODE)
+        self._leave(reason, STUCK_CODE)
 
     def _leave(self, reason: str, code: int) -> NoReturn:
         self._ended(reason, code)
