@@ -3,7 +3,7 @@
 python tests/fault_run.py '{"config": …, "workdir": …, "at": "evaluation", "do": "term", "call": 0}'
 
 `at` names a function of PLACES; at its `call`-th call the process gets SIGTERM (`do` = "term", or
-"kill": SIGKILL) and goes on, or is stuck there ("stuck").
+"kill": SIGKILL) `delay` seconds later, or is stuck there ("stuck").
 """
 
 import functools
@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -46,14 +47,14 @@ DEEDS = {
 }
 
 
-def planted(function, do: str, call: int):
-    """`function` with the fault before its `call`-th call."""
+def planted(function, do: str, call: int, delay: float):
+    """`function` with the fault before its `call`-th call, or `delay` seconds after."""
     calls = iter(range(sys.maxsize))
 
     @functools.wraps(function)
     def with_fault(*arguments, **options):
         if next(calls) == call:
-            DEEDS[do]()
+            threading.Timer(delay, DEEDS[do]).start() if delay else DEEDS[do]()
         return function(*arguments, **options)
 
     return with_fault
@@ -63,13 +64,13 @@ def main() -> None:
     """Trains; exit codes are those of the command line."""
     logging.set_verbosity(logging.ERROR)
     task = json.loads(sys.argv[1])
-    do, call = task.get("do", "term"), task.get("call", 0)
+    fault = task.get("do", "term"), task.get("call", 0), task.get("delay", 0.0)
     if task["at"] == "step":  # call 0 compiles
         compiled = stage_run.compiled_train_step
-        stage_run.compiled_train_step = lambda spec: planted(compiled(spec), do, call)
+        stage_run.compiled_train_step = lambda spec: planted(compiled(spec), *fault)
     elif task["at"]:
         owner, name = PLACES[task["at"]]
-        setattr(owner, name, planted(getattr(owner, name), do, call))
+        setattr(owner, name, planted(getattr(owner, name), *fault))
     config = from_config_dict(json.loads(Path(task["config"]).read_text()))
     place = task.get("place", ["", 0, 0])
     try:
