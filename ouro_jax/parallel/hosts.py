@@ -201,6 +201,7 @@ def _join(where: Mapping[str, Any], seconds: float) -> None:
     # The client's own limit aborts the process without saying whom it waited for.
     limit = threading.Timer(seconds, _leave_unjoined, (seconds,))
     limit.start()
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             **where, initialization_timeout=int(seconds) + 60,
@@ -213,6 +214,9 @@ def _join(where: Mapping[str, Any], seconds: float) -> None:
         ) from error
     finally:
         limit.cancel()
+    # jax has caught SIGTERM, below Python, to ask for a save: then nothing but training could be
+    # ended by it. Training catches it itself; other notices of the platform still come by jax.
+    signal.signal(signal.SIGTERM, handler)
     _speak_on_abort()
 
 
@@ -277,26 +281,26 @@ def _stop_all(error: BaseException, done: threading.Event) -> NoReturn:
         code, text = 130, "interrupted"
     else:
         text = "".join(traceback.format_exception(error)).strip()
-    heard = text.removeprefix("error: ")
+    _tell_all(code, "failed", text)
     if isinstance(error, JaxRuntimeError):
         text += (
             f"\nerror: {_me()} stops. If the lines above tell of a connection or a time limit, "
             f"another process died: its log says of what. {AGAIN}"
         )
-    _tell_all(code, f"{_me()} failed: {heard}")
     _leave(code, text)
 
 
 def stop_all(code: int, text: str) -> NoReturn:
     """Ends this process at once, from any thread, and makes the others end with its `code` too."""
     if global_state.client is not None:
-        _tell_all(code, f"{_me()} stops: {text}")
+        _tell_all(code, "stops", text)
     _leave(code, text)
 
 
-def _tell_all(code: int, text: str) -> None:
+def _tell_all(code: int, deed: str, text: str) -> None:
     client: Any = global_state.client
-    notice = json.dumps({"code": code, "text": text})
+    said = f"{_me()} {deed}: {text.removeprefix('error: ')}"
+    notice = json.dumps({"code": code, "text": said})
     with contextlib.suppress(JaxRuntimeError):  # nobody hears where process 0 is gone
         client.key_value_set(f"{STOPPED}/{global_state.process_id}", notice)
         if global_state.process_id == 0:  # the store ends with this process
@@ -305,6 +309,8 @@ def _tell_all(code: int, text: str) -> None:
 
 def _leave(code: int, text: str) -> NoReturn:
     """Ends the process without clean-up, which would wait for the others."""
+    if sys.stdout.isatty():
+        print("\x1b[?25h", end="")  # the cursor, which a progress panel hides
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
     os._exit(code)

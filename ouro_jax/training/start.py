@@ -34,6 +34,7 @@ from ouro_jax.training.checkpoints import (
     read_position,
 )
 from ouro_jax.training.curriculum import StagePlan
+from ouro_jax.training.recovery import merged
 from ouro_jax.training.state import StateFactory, TrainState
 from ouro_jax.training.transitions import upcycle
 
@@ -148,7 +149,7 @@ def _check_skips(plan: StagePlan, position: Position, folder: epath.Path) -> Non
     behind = Interleave(plan.stage.mixture, position.skip_rows).passed(position.rows)
     ours, theirs = (
         tuple(span for span in spans if span[0] < behind)
-        for spans in (plan.stage.skip_rows, position.skip_rows)
+        for spans in (merged(plan.stage.skip_rows), merged(position.skip_rows))
     )
     if ours != theirs:
         raise ConfigError(
