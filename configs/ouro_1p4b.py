@@ -23,10 +23,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ouro_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, Stage, to_config_dict
+from ouro_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    GuardConfig,
+    ModelConfig,
+    Stage,
+    to_config_dict,
+)
 
 MIXTURES = runpy.run_path(str(Path(__file__).with_name("data") / "mixtures.py"))
 MILLION, BILLION, TRILLION = 2**20, 10**9, 10**12
+# Eight loops gave loss spikes, says the paper. Their rows are skipped here.
+GUARD = GuardConfig(spike_deviations=10.0)
 
 
 def get_stages(num_layers: int) -> dict[str, Stage]:
@@ -100,5 +110,6 @@ def get_config() -> ConfigDict:
             stages=get_stages(24),
             data=DataConfig(root="data/ouro", source_tokens=MIXTURES["SOURCE_TOKENS"]),
             checkpoint=CheckpointConfig(every_tokens=100 * BILLION, keep=3),
+            guard=GUARD,
         )
     )

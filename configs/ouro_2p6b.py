@@ -35,5 +35,6 @@ def get_config() -> ConfigDict:
             init_from="runs/ouro_1p4b/stable_1a",
             data=DataConfig(root="data/ouro", source_tokens=BASE["MIXTURES"]["SOURCE_TOKENS"]),
             checkpoint=CheckpointConfig(every_tokens=100 * BASE["BILLION"], keep=3),
+            guard=BASE["GUARD"],
         )
     )
