@@ -241,6 +241,7 @@ def _speak_on_abort() -> None:
     ).encode()
 
     def speak(_: int) -> None:
+        faulthandler.dump_traceback(2)
         os.write(2, text)
         os._exit(1)
 

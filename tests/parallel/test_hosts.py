@@ -82,6 +82,7 @@ def test_the_death_of_a_process_stops_the_others_with_a_message(together):
         assert code == 1, (victim, name, text)
         last = text.splitlines()[-1]
         assert last.startswith(f"error: process {other} of 2 stops") and AGAIN in last
+        assert "in sum_for_ever" in text, text  # where it was
 
 
 @pytest.mark.parametrize(
