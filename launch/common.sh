@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # Options of all launchers:
-#   --attempts=10  how often to try; a finished run, a wrong config (code 2) or Ctrl-C (130) ends it
+#   --attempts=10  how often to try; a finished run, a wrong config (code 2) or Ctrl-C (130) ends it.
+#                  One that was asked to stop and has saved (75) starts again at once and is no
+#                  attempt; with --attempts=1 nothing is started again
 #   --pause=10     seconds before the next time
 #   --cache=DIR    of compiled programs, gs:// too; else $JAX_COMPILATION_CACHE_DIR or ~/.cache/ouro_jax
 #   --logs=DIR     of a file for each process (logs/NAME)
@@ -11,6 +13,7 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH=$PATH:$root/.venv/bin
 attempts=10 pause=10 cache="" logs="" name="" dry_run=false command=()
+stopping=false # whether this launcher was told to stop: a trap of its own sets it
 
 # The comments at the head of the launcher and of this file.
 usage() {
@@ -89,15 +92,41 @@ quoted() {
 # run COMMAND …: runs it, or prints it under --dry_run.
 run() { if $dry_run; then quoted "$@"; else "$@"; fi; }
 
-# restart COMMAND …: runs it until it ends for good, at most `attempts` times.
+# restart COMMAND …: runs it until it ends for good, at most `attempts` times, and not again once this
+# launcher is stopping: then 75 tells whoever started it that the same command goes on.
 restart() {
-  local attempt code=1
-  for ((attempt = 1; attempt <= attempts; attempt++)); do
-    if ((attempt > 1)); then sleep "$pause"; fi
+  local attempt=1 code=1
+  while ((attempt <= attempts)); do
+    if $stopping; then return 75; fi
     "$@"
     code=$?
-    case $code in 0 | 2 | 130) return $code ;; esac
-    echo "attempt $attempt of $attempts ended with code $code" >&2
+    # 143: the signal that it was passed on killed it, because it was too young to answer.
+    if $stopping && ((code == 143)); then code=75; fi
+    case $code in
+      0 | 2 | 130) return "$code" ;;
+      75) if ((attempts == 1)) || $stopping; then return 75; fi ;;
+      *)
+        echo "attempt $attempt of $attempts ended with code $code" >&2
+        if $stopping; then return "$code"; fi
+        if ((attempt++ < attempts)); then rest; fi
+        ;;
+    esac
   done
   return "$code"
+}
+
+# The pause, by the second: a trap waits for a command.
+rest() {
+  local second
+  for ((second = 0; second < pause; second++)); do
+    if $stopping; then return; fi
+    sleep 1
+  done
+}
+
+# ended PROCESS: waits until it has, whatever signals come meanwhile, and returns its code. A trap
+# does not wait for `wait`, which it ends.
+ended() {
+  while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+  wait "$1"
 }

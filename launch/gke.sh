@@ -29,11 +29,13 @@ inside=(launch/local.sh --attempts=1)
 
 if [[ -n $xpk ]]; then
   needs xpk image
-  inside+=(${cache:+"--cache=$cache"} -- "${command[@]}")
-  # XPK starts again after 42 and 127 to 255 by itself; 1 is a crash of ours.
+  # XPK passes TERM on to the shell that it runs the command in: this must be that shell.
+  inside=(exec "${inside[@]}" ${cache:+"--cache=$cache"} -- "${command[@]}")
+  # XPK starts again after 42 and 127 to 255 by itself; 1 is a crash of ours, 75 a run that was asked
+  # to stop, 124 one that was stuck. It counts all of them.
   run xpk workload create "--workload=$name" "--cluster=$xpk" "--tpu-type=$type" \
     "--num-slices=$slices" "--docker-image=$image" "--max-restarts=$attempts" \
-    --restart-on-exit-codes=1 "--command=$(quoted "${inside[@]}")"
+    --restart-on-exit-codes=1,75,124 --termination-grace-period-seconds=120 "--command=$(quoted "${inside[@]}")"
   exit
 fi
 

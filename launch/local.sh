@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs `ouro VERB …` (`train` if none is named) on this host, and again after a crash.
+# Runs `ouro VERB …` (`train` if none is named) on this host, and again after a crash. TERM is passed
+# on: the run saves, and this ends with its code, 75.
 #
 #   launch/local.sh [option …] [VERB] --flag=value …
 #   launch/local.sh --config=configs/tiny.py --workdir=runs/tiny
@@ -11,7 +12,7 @@
 #
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
-processes=1
+processes=1 groups=()
 parse processes "$@"
 whole_numbers processes
 needs ouro
@@ -27,27 +28,49 @@ process() {
   if [[ -z $logs ]] || $dry_run; then
     run "${words[@]}"
   else
-    "${words[@]}" 2>&1 | tee -ia "$logs/$(hostname)_$1.log"
+    # A process that is saving must not lose its log.
+    "${words[@]}" 2>&1 | (trap '' TERM && exec tee -ia "$logs/$(hostname)_$1.log")
   fi
 }
 
-# Each process leads a group, which its signals reach whole. The first to fail is the cause.
+# Each process has a group, which its signals reach whole. The first to fail is the cause.
 together() {
-  local number port=$((20000 + RANDOM % 20000)) code=0
+  local number port=$((20000 + RANDOM % 20000)) code
   set -m
   groups=()
   for ((number = 0; number < processes; number++)); do
-    process "$number" "$port" &
-    groups+=("-$!")
+    # What leads the group lives until ouro has ended: its code is ouro's.
+    { trap : TERM && process "$number" "$port"; } &
+    groups+=("$!")
   done
-  for ((number = 0; number < processes && code == 0; number++)); do wait -n || code=$?; done
-  # The others notice, and say so in their logs, within a second or two.
-  if ((code)); then sleep "$((pause < 5 ? pause : 5))" && end KILL; fi
+  if $stopping; then tell TERM; fi
+  first
+  code=$?
+  if ((code == 75)); then
+    for number in "${groups[@]}"; do ended "$number"; done
+  elif ((code && processes > 1)); then
+    # The others notice, and say so in their logs, within a second or two.
+    sleep "$((pause < 5 ? pause : 5))" && end KILL
+  fi
   return "$code"
 }
 
+# The code of the first that fails, or 0. A signal ends a `wait`, but bash keeps the codes.
+first() {
+  local left=("${groups[@]}") number
+  while ((${#left[@]})); do
+    wait -n
+    for number in "${!left[@]}"; do
+      kill -0 "${left[number]}" 2>/dev/null && continue
+      wait "${left[number]}" || return
+      unset "left[number]"
+    done
+  done
+}
+
+tell() { kill -s "$1" -- "${groups[@]/#/-}" 2>/dev/null; }
 end() {
-  kill -s "$1" -- "${groups[@]}" 2>/dev/null
+  tell "$1"
   wait
 }
 
@@ -57,9 +80,7 @@ if $dry_run; then
   exit
 fi
 if [[ -n $logs ]]; then mkdir -p "$logs"; fi
-if ((processes == 1)); then
-  restart process 0
-else
-  trap 'end INT; exit 130' INT TERM
-  restart together
-fi
+# HUP: the terminal has gone, which only this shell is told.
+trap 'end INT; exit 130' INT HUP
+trap 'stopping=true; tell TERM' TERM
+restart together

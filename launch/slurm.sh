@@ -10,8 +10,9 @@
 #   --array=0,2-4       an array job of these tasks; %a in the command is a task's number
 #   --logs=DIR          DIR/job_ID.log, DIR/NODE_PROCESS.log; of an array DIR/TASK/NODE_PROCESS.log
 #
-# Within an allocation (salloc, or the job that it submits) it runs, again after a crash. The job is
-# queued again when a node fails or is taken away, and two minutes before its time is over.
+# Within an allocation (salloc, or the job that it submits) it runs, again after a crash. Two minutes
+# before its time is over the job saves and queues itself again; SLURM queues it again when a node
+# fails or is taken away. `scancel --batch --signal=TERM JOB` saves and ends it.
 #
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -33,11 +34,32 @@ submit() {
 }
 
 # The processes of a run end together, whatever one of them fails of; srun ends what is left of them
-# two minutes after the first. A trap waits for a command, but not for `wait`.
+# two minutes after the first.
 step() {
   srun --kill-on-bad-exit=0 --wait=120 "--output=$logs/%N_%t.log" --open-mode=append \
     ouro "${command[@]}" &
-  wait $!
+  srun=$!
+  ended "$srun"
+}
+
+# Asks the run, once, to save and end: a second time would cut it short. srun itself answers TERM by
+# killing; scancel signals the processes, and not this script. If SLURM ends the job (scancel,
+# preemption), its KillWait is the limit.
+stop() {
+  if ! $stopping; then stopping=true && scancel --signal=TERM "$job"; fi
+}
+
+# The last two minutes of the job, of which 20 seconds are for queueing it.
+time_is_over() {
+  local second=0 code=75
+  stop
+  while [[ -n $srun ]] && kill -0 "$srun" 2>/dev/null && ((second++ < 100)); do sleep 1; done
+  if [[ -n $srun ]] && ! kill -0 "$srun" 2>/dev/null; then
+    wait "$srun"
+    code=$?
+  fi
+  case $code in 0 | 2 | 130) ;; *) scontrol requeue "$job" ;; esac
+  exit "$code"
 }
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -46,12 +68,16 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   exit
 fi
 needs srun
+job=$SLURM_JOB_ID srun=""
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   command=("${command[@]//%a/$SLURM_ARRAY_TASK_ID}") logs+=/$SLURM_ARRAY_TASK_ID
+  # The SLURM_JOB_ID of one of the tasks is the whole array's.
+  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
 export JAX_COMPILATION_CACHE_DIR=${cache:-${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/ouro_jax}}
 # srun does not take it from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 mkdir -p "$logs"
-trap 'scontrol requeue "$SLURM_JOB_ID"; exit' USR1
+trap stop TERM
+trap time_is_over USR1
 restart step

@@ -54,15 +54,16 @@ start() {
 }
 
 # Until the last worker has ended; a wrong config on one ends it on all. One that holds no lock and
-# has left no code was killed.
+# has left no code was killed. A TPU that was taken away is no failure.
 watch() {
-  local codes
-  while [[ $(state) == ACTIVE ]]; do
+  local codes now
+  while now=$(state) && [[ $now == ACTIVE ]]; do
     sleep "$pause"
     codes=$(workers 'flock -n ouro.lock sh -c "cat ouro.code || echo 1" || echo running') || continue
     if grep -qx 2 <<<"$codes"; then workers 'fuser -sk ouro.lock; true' && return 2; fi
     grep -q running <<<"$codes" || return "$(sort -n <<<"$codes" | tail -1)"
   done
+  if [[ $now == SUSPENDED ]]; then return 75; fi
   return 1
 }
 

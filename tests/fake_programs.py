@@ -6,13 +6,29 @@ from pathlib import Path
 
 from micro_run import ROOT
 
-# Writes its arguments down, and ends with the next of the codes in $FAKE/codes.
+# Writes its arguments down, and ends with the next of the codes in $FAKE/codes. What hangs keeps
+# its name; `save75` ends with 75 a moment after TERM, each of which it writes down.
 OURO = """
 number=$(flock "$FAKE" bash -c 'echo "$1" >>"$FAKE/ouro"; wc -l <"$FAKE/ouro"' bash \
   "$* ${JAX_COMPILATION_CACHE_DIR:-}")
 echo "process ${SLURM_PROCID:-} says $*"
 code=$(sed -n "${number}p" "$FAKE/codes" 2>/dev/null)
-if [[ ${code:-0} == hang ]]; then exec sleep 60; fi
+case ${code:-0} in
+  save*)
+    trap 'echo "$*" >>"$FAKE/told"' TERM
+    echo >>"$FAKE/ready"
+    while [[ ! -e $FAKE/told ]]; do /bin/sleep 0.05; done
+    if [[ $* == *--process_id=1* ]]; then /bin/sleep 1; fi
+    /bin/sleep 0.5
+    echo "process ${SLURM_PROCID:-} has saved"
+    exit "${code#save}"
+    ;;
+  hang | deaf)
+    if [[ $code == deaf ]]; then trap '' TERM; fi
+    echo >>"$FAKE/ready"
+    exec -a "$0" /bin/sleep 60
+    ;;
+esac
 exit "${code:-0}"
 """
 
@@ -31,13 +47,14 @@ export SLURM_JOB_ID=$RANDOM SLURM_NNODES=$nodes SLURM_NTASKS_PER_NODE=$tasks
 export SLURM_NTASKS=$((nodes * tasks)) SLURM_JOB_NODELIST=localhost
 if [[ -z ${array:-} ]]; then sh -c "$line"; exit; fi
 for task in ${array//,/ }; do
-  SLURM_ARRAY_TASK_ID=$task sh -c "$line" || code=$?
+  SLURM_ARRAY_JOB_ID=$SLURM_JOB_ID SLURM_ARRAY_TASK_ID=$task sh -c "$line" || code=$?
 done
 exit "${code:-0}"
 """
 
-# The tasks of a step, whose code is the highest of theirs.
+# The tasks of a step, whose code is the highest of theirs. It answers TERM as the real one does.
 SRUN = """
+trap 'kill -KILL $(cat "$FAKE/tasks")' TERM
 while [[ $1 == --* ]]; do
   if [[ $1 == --output=* ]]; then output=${1#*=}; fi
   shift
@@ -47,12 +64,19 @@ for ((task = 0; task < SLURM_NTASKS; task++)); do
   node=$((task / SLURM_NTASKS_PER_NODE)) file=${output/\\%N/node$((task / SLURM_NTASKS_PER_NODE))}
   SLURM_PROCID=$task SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) SLURM_NODEID=$node \\
     "$@" >>"${file/\\%t/$task}" 2>&1 &
+  echo $! >>"$FAKE/tasks"
 done
 worst=0
 for ((task = 0; task < SLURM_NTASKS; task++)); do
   wait -n || { code=$? && worst=$((code > worst ? code : worst)); }
 done
 exit $worst
+"""
+
+# Only what `scancel --signal=TERM JOB` does: the tasks get it.
+SCANCEL = """
+echo "$*" >>"$FAKE/scancel"
+kill -TERM $(cat "$FAKE/tasks")
 """
 
 RECORDER = """
@@ -88,7 +112,7 @@ class Fakes:
         self.env = os.environ | {
             "PATH": f"{folder}/bin:{os.environ['PATH']}", "FAKE": str(folder), "HOME": str(folder),
         }  # fmt: skip
-        self.add(ouro=OURO, sbatch=SBATCH, srun=SRUN, gcloud=GCLOUD)
+        self.add(ouro=OURO, sbatch=SBATCH, srun=SRUN, scancel=SCANCEL, gcloud=GCLOUD)
         self.add(scontrol=RECORDER, kubectl=RECORDER, xpk=RECORDER)
 
     def add(self, **programs: str) -> None:

@@ -4,6 +4,8 @@ The part that is a Job is checked, strictly, by Kubernetes' own schema; the JobS
 fields of its public definition (jobset.x-k8s.io/v1alpha2) that we use, written down here.
 """
 
+import re
+
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -31,6 +33,7 @@ RULE = record(
         "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded",
         "PodFailurePolicy",
     ]}),
+    onJobFailureMessagePatterns=items({"type": "string", "format": "regex"}),
     targetReplicatedJobs=items(NAME),
 )  # fmt: skip
 JOBSET = record({
@@ -56,6 +59,31 @@ def check(manifest):
     return job["template"]["spec"], job["template"]["spec"]["template"]["spec"]
 
 
+def action(manifest, code, condition=None):
+    """What becomes of the JobSet when a pod leaves with `code`, and Kubernetes has such a reason.
+
+    The message is that of Kubernetes' pkg/controller/job/pod_failure_policy.go; the first rule that
+    fits is taken, there and in JobSet; what none fits is restarted, and counts.
+    """
+    job, _ = check(manifest)
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
+        assert rule["action"] == "FailJob"
+        codes = rule.get("onExitCodes", {"values": []})["values"]
+        if code in codes or {"type": condition, "status": "True"} in rule.get(
+            "onPodConditions", []
+        ):
+            what = f"failed with exit code {code}" if codes else f"has condition {condition}"
+            reason = "PodFailurePolicy"
+            message = f"Pod default/run {what} matching FailJob rule at index {index}"
+            break
+    for rule in manifest["spec"]["failurePolicy"]["rules"]:
+        patterns = rule["onJobFailureMessagePatterns"]
+        if reason in rule["onJobFailureReasons"] and any(re.search(p, message) for p in patterns):
+            return rule["action"]
+    return "RestartJobSet"
+
+
 @pytest.fixture
 def manifest():
     return yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text())
@@ -63,6 +91,28 @@ def manifest():
 
 def test_the_manifest_is_one_as_it_lies_there(manifest):
     check(manifest)
+
+
+@pytest.mark.parametrize(
+    ("code", "condition", "expected"),
+    [
+        (2, None, "FailJobSet"),
+        (130, None, "FailJobSet"),
+        (75, None, "RestartJobSetAndIgnoreMaxRestarts"),
+        (137, "DisruptionTarget", "RestartJobSetAndIgnoreMaxRestarts"),
+        (75, "DisruptionTarget", "RestartJobSetAndIgnoreMaxRestarts"),
+        (1, None, "RestartJobSet"),
+        (124, None, "RestartJobSet"),
+        (137, None, "RestartJobSet"),
+    ],
+)
+def test_what_a_pod_that_ends_does_to_all(manifest, code, condition, expected):
+    assert action(manifest, code, condition) == expected
+
+
+def test_pods_have_time_to_save(manifest):
+    _, pod = check(manifest)
+    assert pod["terminationGracePeriodSeconds"] >= 60
 
 
 def test_the_schemas_see_what_is_wrong(manifest):

@@ -159,6 +159,7 @@ def test_slurm_queues_the_job_again_when_its_time_is_over(fakes):
     job.send_signal(signal.SIGUSR1)
     job.wait(20)
     assert fakes.calls("scontrol") == ["requeue 9"]
+    assert job.returncode == 143, "what fell of the signal is queued again too"
 
 
 def test_slurm_arrays_tell_the_command_their_number(fakes):
@@ -194,6 +195,17 @@ def test_a_tpu_is_asked_for_watched_and_asked_for_again(fakes):
     assert (fakes.folder / "logs" / "x" / "0.log").exists()
 
 
+def test_a_tpu_that_was_taken_away_is_no_failed_attempt(fakes):
+    fakes.add(**TOOLS)
+    fakes.env["ROOT"] = str(ROOT)
+    taken = ["ACTIVE", "SUSPENDED", ""]
+    states(fakes, *taken, *taken, "ACTIVE")
+    result = fakes.launch("tpu_vm", *NEEDED["tpu_vm"], "--pause=1", "--attempts=2", *RUN)
+    assert result.returncode == 0, result.stderr
+    assert "attempt" not in result.stderr
+    assert sum(" create " in call for call in fakes.calls("gcloud")) == 2
+
+
 def test_a_wrong_config_on_a_tpu_is_not_tried_again(fakes):
     fakes.add(**TOOLS)
     fakes.env["ROOT"] = str(ROOT)
@@ -210,5 +222,6 @@ def test_xpk_gets_one_workload(fakes):
     assert fakes.launch("gke", *options, *RUN).returncode == 0
     (call,) = fakes.calls("xpk")
     for word in ("--workload=run-1", "--cluster=cluster", "--tpu-type=v5p-128", "--num-slices=2",
-                 "--command=launch/local.sh --attempts=1 -- train --config="):  # fmt: skip
+                 "--restart-on-exit-codes=1,75,124",
+                 "--command=exec launch/local.sh --attempts=1 -- train --config="):  # fmt: skip
         assert word in call

@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
+from etils import epath
 from micro_run import BATCH, ROOT, micro_config, write_config
 
 from ouro_jax.config import DataConfig
+from ouro_jax.training.checkpoint_files import steps_of
 from ouro_jax.training.run_log import read_log
 from ouro_jax.training.trainer import prepare_data
 
@@ -70,6 +72,33 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(real, config):
     assert events == ["stage_start", "resume", "stage_end", "finished"]
     assert len(list((real.folder / "logs" / "run").glob("*.log"))) == 2
     assert any((real.folder / "cache").iterdir()), "no compiled program was kept"
+
+
+def test_a_launcher_that_is_told_to_stop_has_its_run_save_and_go_on(real, config):
+    """Once two processes, once a single one on the same workdir, which then finishes."""
+    run = real.folder / "run"
+    flags = f"--config={config}", f"--workdir={run}", "--cache=cache"
+    stopped = 0
+    for processes in (2, 1):
+        launcher = subprocess.Popen(
+            [str(ROOT / "launch" / "local.sh"), f"--processes={processes}", *flags],
+            env=real.env, cwd=real.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        while not run.exists() or max(steps_and_events(run)[0], default=0) < stopped + 3:
+            assert launcher.poll() is None, launcher.stderr.read()
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGTERM)
+        _, errors = launcher.communicate(timeout=100)
+        assert launcher.returncode == 75, errors
+        assert not subprocess.run(["pgrep", "-f", str(run)], capture_output=True).stdout
+        steps, _ = steps_and_events(run)
+        assert stopped < steps[-1] < STEPS
+        stopped = steps[-1]
+        assert steps_of(epath.Path(run / "stable_1a"))[-1] == stopped
+    result = real.launch("local", "--processes=1", *flags)
+    assert result.returncode == 0, result.stderr
+    assert steps_and_events(run)[0] == list(range(1, STEPS + 1))
 
 
 def test_slurm_runs_the_real_thing(real, config):
