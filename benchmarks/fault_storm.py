@@ -57,7 +57,7 @@ from ouro_jax.training.trainer import prepare_data
 
 ROOT = Path(__file__).parent.parent
 BATCH_ROWS, ROW = 8, 64
-STEPS = {"stable_1a": 3000, "stable_1b": 9000, "gate": 3000}
+STEPS = {"stable_1a": 1000, "stable_1b": 2000, "gate": 1000}
 # What is killed, at most so many calls and seconds after it has begun.
 PLACES = {
     "start": (1, 0.5), "compile": (1, 1.0), "step": (60, 0.02), "transition": (1, 0.3),
