@@ -22,16 +22,16 @@ def check_drift(
     """The keys that differ from those of the checkpoint at `where`: key → (saved, now).
 
     Raises ConfigError showing the differences unless each is free to change or `allowed`: a key,
-    or what stands before it (`stages.anneal`). One that names no difference is an error too.
+    or what stands before it (`stages.anneal`). A name that is no key is an error too; one that has
+    not changed is none, for launchers repeat the command after the change has been saved.
     """
     changes = dict(differences(saved, config))
     allowed = tuple(allowed)
+    keys = (*_keys(saved), *_keys(config))
     for name in allowed:
-        if not any(_covers(name, key) for key in changes):
-            hint = nearest(name, changes)
-            raise ConfigError(
-                f"--allow_config_change={name}: this key does not differ from {where}.{hint}"
-            )
+        if name not in keys:
+            hint = nearest(name, keys)
+            raise ConfigError(f"--allow_config_change={name}: no such key of the config.{hint}")
     refused = [
         key for key in changes
         if not any(_covers(name, key) for name in (*FREE, *allowed))
@@ -56,6 +56,15 @@ def differences(saved: Any, now: Any, key: str = "") -> Iterator[tuple[str, tupl
             yield from differences(saved.get(name), now.get(name), path)
     elif saved != now:
         yield key, (saved, now)
+
+
+def _keys(tree: Any, key: str = "") -> Iterator[str]:
+    """Every dotted key, those of dictionaries too."""
+    if isinstance(tree, Mapping):
+        for name, inner in tree.items():
+            path = f"{key}.{name}" if key else name
+            yield path
+            yield from _keys(inner, path)
 
 
 def _covers(name: str, key: str) -> bool:

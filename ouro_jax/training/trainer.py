@@ -42,7 +42,7 @@ from ouro_jax.training.start import check_start, is_huggingface, newest_meta
 from ouro_jax.training.timing import RunTimes, start_clock
 from ouro_jax.training.watchdog import Watchdog
 
-VERSIONS = ("ouro_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def train(
@@ -149,12 +149,9 @@ def _check(
         raise ConfigError(f"--workdir={workdir}: this is a file; name a folder.")
     check_start(config, root)
     newest = newest_meta(config, root)
-    changes = {}
-    if newest is not None:
-        path, meta = newest
-        changes = check_drift(meta["config"], json.loads(json.dumps(described)), allowed, str(path))
-    elif allowed := tuple(allowed):
-        raise ConfigError(f"--allow_config_change={allowed[0]}: {root} has no checkpoint yet.")
+    now = json.loads(json.dumps(described))
+    path, meta = newest or (root, {"config": now})
+    changes = check_drift(meta["config"], now, allowed, str(path))
     is_first = jax.process_index() == 0
     if is_first:
         prepare_data(config)

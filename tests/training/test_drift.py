@@ -50,14 +50,21 @@ def test_a_change_is_shown_with_both_values_and_the_flag_that_allows_it():
     with pytest.raises(ConfigError, match="seed: 0 → 7"):
         check(config, "stages.anneal")
     with pytest.raises(ConfigError, match=r"stages\.anneal\.tokens"):
-        check(config, "seed", "stages.anneal.learning_rate", "stages.ann")
+        check(config, "seed", "stages.anneal.learning_rate")
+    with pytest.raises(ConfigError, match=r"stages\.ann: no such key.*'stages\.anneal'"):
+        check(config, "seed", "stages.ann")
 
 
-def test_a_name_that_changed_nothing_is_refused_with_the_nearest():
+def test_a_name_that_is_no_key_is_refused_with_the_nearest():
     with pytest.raises(ConfigError) as error:
         check(changed(tokens=640), "stages.anneal.token")
-    assert "--allow_config_change=stages.anneal.token" in str(error.value)
+    assert "--allow_config_change=stages.anneal.token: no such key" in str(error.value)
     assert "'stages.anneal.tokens'" in str(error.value)
+
+
+def test_a_key_that_has_not_changed_may_be_allowed():
+    """A launcher repeats the command after the change is in a checkpoint."""
+    assert check(CONFIG, "seed", "stages.anneal") == {}
 
 
 def test_what_is_free_needs_no_word():
