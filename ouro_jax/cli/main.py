@@ -8,6 +8,7 @@ from ouro_jax.errors import nearest
 VERBS = {
     "train": "run or continue a curriculum",
     "data": "prepare, inspect and verify data sets",
+    "checkpoint": "list, verify and prune the checkpoints of a run",
     "generate": "text from a checkpoint, with the exit depth of every token",
     "convert": "Hugging Face checkpoints in and out",
     "plan": "compile for a pod that is not there: does it fit, what does it cost, what bounds it",

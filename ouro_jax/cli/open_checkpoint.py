@@ -9,8 +9,8 @@ from etils import epath
 from ouro_jax.config import STAGE_ORDER, ModelConfig
 from ouro_jax.errors import ConfigError
 from ouro_jax.interop.huggingface import load_huggingface
-from ouro_jax.training.checkpoint_files import steps_of
-from ouro_jax.training.checkpoints import checkpoint_root, latest_stage, load_params
+from ouro_jax.training.checkpoint_files import checkpoint_root, steps_of
+from ouro_jax.training.checkpoints import latest_stage, load_params
 from ouro_jax.training.start import is_huggingface
 
 

@@ -4,10 +4,11 @@
 last: a checkpoint without it was not finished, and is not used.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,6 +42,25 @@ class CheckpointFile:
         return bool(self.meta.get("permanent", True))
 
 
+def absolute(path: str | epath.PathLike) -> epath.Path:
+    """A path as Orbax wants it: whole, unless it is in a bucket."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.resolve()
+
+
+def checkpoint_root(workdir: str | epath.PathLike) -> epath.Path:
+    """Where the checkpoints of the run in `workdir` lie: there, or as its config says."""
+    workdir = absolute(workdir)
+    saved = workdir / "config.json"
+    if not saved.exists():
+        return workdir
+    try:
+        elsewhere = json.loads(saved.read_text()).get("checkpoint", {}).get("directory")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{saved}: not readable as a config: {error}") from error
+    return absolute(elsewhere) if elsewhere else workdir
+
+
 def steps_of(stage: epath.Path) -> list[int]:
     """Steps of the finished checkpoints in a stage's folder, rising; none without a folder."""
     return [step for step in all_steps(stage) if (stage / str(step) / SUMS).exists()]
@@ -55,15 +75,42 @@ def all_steps(stage: epath.Path) -> list[int]:
 
 def list_checkpoints(root: epath.Path) -> list[CheckpointFile]:
     """Every checkpoint of a run, in the order of training; reads no arrays."""
+    return [checkpoint for stage in STAGE_ORDER for checkpoint in list_stage(root / stage)]
+
+
+def list_stage(stage: epath.Path) -> list[CheckpointFile]:
+    """The checkpoints in a stage's folder."""
+    found = []
+    for step in all_steps(stage):
+        with contextlib.suppress(FileNotFoundError):  # one that is being deleted
+            found.append(_describe(stage / str(step), stage.name, step))
+    return found
+
+
+def list_set_aside(root: epath.Path) -> list[CheckpointFile]:
+    """What `set_aside` has moved away from the run at `root`."""
     return [
-        _describe(root / stage / str(step), stage)
-        for stage in STAGE_ORDER
-        for step in all_steps(root / stage)
-    ]
+        _describe(path, stage, int(path.name.partition("_")[0]))
+        for stage in STAGE_ORDER if (root / SET_ASIDE / stage).is_dir()
+        for path in sorted((root / SET_ASIDE / stage).iterdir())
+    ]  # fmt: skip
 
 
-def _describe(path: epath.Path, stage: str) -> CheckpointFile:
-    sums = path / SUMS
+def checkpoints_at(path: epath.Path) -> list[CheckpointFile]:
+    """The checkpoints of a workdir, those of a stage's folder, or the one whose folder it is.
+
+    Raises ConfigError if there is none.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder; expected a workdir of `ouro train`.")
+    if found := list_checkpoints(checkpoint_root(path)) or list_stage(path):
+        return found
+    if path.name.isdigit() and not (path / "config.json").exists():
+        return [_describe(path, path.parent.name, int(path.name))]
+    raise ConfigError(f"{checkpoint_root(path)}: no checkpoint here.")
+
+
+def _describe(path: epath.Path, stage: str, step: int) -> CheckpointFile:
     stats = [file.stat() for file in _files(path)]
     try:
         meta = json.loads((path / META).read_text())
@@ -72,7 +119,7 @@ def _describe(path: epath.Path, stage: str) -> CheckpointFile:
     newest = max((stat.mtime for stat in stats), default=0)
     total = sum(stat.length for stat in stats)
     return CheckpointFile(
-        stage, int(path.name), path, sums.exists(), total, newest,
+        stage, step, path, (path / SUMS).exists(), total, newest,
         meta if isinstance(meta, dict) else {},
     )  # fmt: skip
 
@@ -90,10 +137,14 @@ def write_sums(path: epath.Path) -> None:
     part.rename(path / SUMS)
 
 
-def problems_of(path: epath.Path, part: int = 0, parts: int = 1, below: str = "") -> list[str]:
+def problems_of(
+    path: epath.Path, part: int = 0, parts: int = 1, below: str = "",
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> list[str]:  # fmt: skip
     """What is wrong with the files of a checkpoint; empty if it is as it was written.
 
     Of `parts` equal parts only one is read, and only files whose names begin with `below`.
+    `advance` hears, from several threads, of the bytes that were read.
     """
     try:
         lines = (path / SUMS).read_text().splitlines()
@@ -112,13 +163,13 @@ def problems_of(path: epath.Path, part: int = 0, parts: int = 1, below: str = ""
         if file not in listed and str(file.relative_to(path)).startswith(below)
     ]  # fmt: skip
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        found = pool.map(lambda entry: _problem(*entry), entries[part::parts])
+        found = pool.map(lambda entry: _problem(entry[0], entry[1], advance), entries[part::parts])
         return problems + [problem for problem in found if problem]
 
 
-def _problem(file: epath.Path, expected: str) -> str | None:
+def _problem(file: epath.Path, expected: str, advance: Callable[[int], None]) -> str | None:
     try:
-        found = _sha256(file)
+        found = _sha256(file, advance)
     except FileNotFoundError:
         return f"{file}: missing."
     except OSError as error:
@@ -176,9 +227,10 @@ def _files(path: epath.Path) -> list[epath.Path]:
     return found
 
 
-def _sha256(file: epath.Path) -> str:
+def _sha256(file: epath.Path, advance: Callable[[int], None] = lambda num_bytes: None) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while chunk := content.read(CHUNK_BYTES):
             digest.update(chunk)
+            advance(len(chunk))
     return digest.hexdigest()

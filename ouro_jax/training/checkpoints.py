@@ -21,8 +21,10 @@ from ouro_jax.errors import ConfigError, RunError
 from ouro_jax.parallel.hosts import barrier
 from ouro_jax.training.checkpoint_files import (
     META,
+    absolute,
+    checkpoint_root,
     delete,
-    list_checkpoints,
+    list_stage,
     problems_of,
     prunable,
     steps_of,
@@ -158,9 +160,7 @@ class StageCheckpoints:
         if jax.process_index() > 0:
             return
         write_sums(self.directory / str(step))
-        stages = list_checkpoints(self.directory.parent)
-        own = [checkpoint for checkpoint in stages if checkpoint.stage == self.directory.name]
-        delete(prunable(own, self._keep))
+        delete(prunable(list_stage(self.directory), self._keep))
 
     def _failed(self, step: int, error: Exception) -> SaveError:
         first = str(error).split("\n")[0][:300]
@@ -210,22 +210,6 @@ def latest_stage(path: str | epath.PathLike) -> epath.Path:
             f"({', '.join(STAGE_ORDER)}) with at least one finished save."
         )
     return begun[-1]
-
-
-def absolute(path: str | epath.PathLike) -> epath.Path:
-    """A path as Orbax wants it: whole, unless it is in a bucket."""
-    path = epath.Path(path)
-    return path if "://" in str(path) else path.resolve()
-
-
-def checkpoint_root(workdir: str | epath.PathLike) -> epath.Path:
-    """Where the checkpoints of the run in `workdir` lie: there, or as its config says."""
-    workdir = absolute(workdir)
-    saved = workdir / "config.json"
-    if not saved.exists():
-        return workdir
-    elsewhere = json.loads(saved.read_text()).get("checkpoint", {}).get("directory")
-    return absolute(elsewhere) if elsewhere else workdir
 
 
 def load_position(path: str | epath.PathLike) -> Position:

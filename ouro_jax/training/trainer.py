@@ -18,8 +18,8 @@ from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_s
 from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.hosts import barrier, from_first, require_same, require_shared
 from ouro_jax.parallel.mesh import make_mesh, use_mesh
-from ouro_jax.training.checkpoint_files import steps_of
-from ouro_jax.training.checkpoints import absolute, load_position
+from ouro_jax.training.checkpoint_files import absolute, steps_of
+from ouro_jax.training.checkpoints import load_position
 from ouro_jax.training.curriculum import StagePlan
 from ouro_jax.training.drift import check_drift
 from ouro_jax.training.evaluation import ngram_baselines
