@@ -147,7 +147,7 @@ def problems_of(
     `advance` hears, from several threads, of the bytes that were read.
     """
     try:
-        lines = (path / SUMS).read_text().splitlines()
+        lines = (path / SUMS).read_text().split("\n")[:-1]  # one without its end does not count
     except (OSError, UnicodeDecodeError) as error:
         return [f"{path / SUMS}: cannot be read ({type(error).__name__}); it was not finished."]
     entries = []
@@ -171,8 +171,8 @@ def _problem(file: epath.Path, expected: str, advance: Callable[[int], None]) ->
     try:
         found = _sha256(file, advance)
     except FileNotFoundError:
-        return f"{file}: missing."
-    except OSError as error:
+        return f"{file}: missing, but {SUMS} lists it."
+    except (OSError, ValueError) as error:  # a broken name may be no name at all
         return f"{file}: cannot be read: {error}."
     if found != expected:
         return f"{file}: its SHA-256 is {found[:12]}…, {SUMS} says {expected[:12]}…"
