@@ -57,7 +57,7 @@ from ouro_jax.training.trainer import prepare_data
 
 ROOT = Path(__file__).parent.parent
 BATCH_ROWS, ROW = 8, 64
-STEPS = {"stable_1a": 1000, "stable_1b": 2000, "gate": 1000}
+STEPS = {"stable_1a": 1000, "stable_1b": 4000, "gate": 4000}
 # What is killed, at most so many calls and seconds after it has begun.
 PLACES = {
     "start": (1, 0.5), "compile": (1, 1.0), "step": (60, 0.02), "transition": (1, 0.3),
@@ -65,8 +65,8 @@ PLACES = {
 }  # fmt: skip
 # An attempt is at its first step after 4 to 6 of them.
 LONGEST_SECONDS = 9.0
-# A place that does not come again is left by the clock.
-PLACE_SECONDS = 12.0
+# A place that does not come again is left by the clock; the end of a stage comes late.
+PLACE_SECONDS = collections.defaultdict(lambda: 12.0, transition=40.0, evaluation=40.0)
 TIMES = {
     "time", "tokens_per_second", "tokens_per_second_per_device", "mfu", "seconds", "step_seconds",
     "hbm_bytes_in_use", "hbm_bytes_peak", "hbm_bytes_limit",
@@ -167,7 +167,7 @@ def kill_once(config_file: Path, workdir: Path, draw: random.Random, folder: Pat
         faults[number] = fault
         processes = attempt(config_file, workdir, faults, folder)
         try:
-            killed = processes[number].wait(PLACE_SECONDS) == -signal.SIGKILL
+            killed = processes[number].wait(PLACE_SECONDS[where]) == -signal.SIGKILL
         except subprocess.TimeoutExpired:
             where, killed = "any moment", True
     for process in processes:  # what a launcher does with the others

@@ -23,6 +23,7 @@ from ouro_jax.errors import ConfigError, RunError
 from ouro_jax.parallel.hosts import joined
 from ouro_jax.training import stage_run, stage_trainer, trainer
 from ouro_jax.training.checkpoints import StageCheckpoints
+from ouro_jax.training.timing import start_clock
 
 PLACES = {
     "start": (trainer, "prepare_data"),
@@ -63,6 +64,7 @@ def planted(function, do: str, call: int, delay: float):
 def main() -> None:
     """Trains; exit codes are those of the command line."""
     logging.set_verbosity(logging.ERROR)
+    start_clock().mark("imports")
     task = json.loads(sys.argv[1])
     fault = task.get("do", "term"), task.get("call", 0), task.get("delay", 0.0)
     if task["at"] == "step":  # call 0 compiles
@@ -75,6 +77,7 @@ def main() -> None:
     place = task.get("place", ["", 0, 0])
     try:
         with joined(*place):
+            start_clock().mark("join")
             print(json.dumps(trainer.train(config, task["workdir"])))
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
