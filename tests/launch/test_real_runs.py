@@ -12,7 +12,7 @@ from etils import epath
 from micro_run import BATCH, ROOT, micro_config, write_config
 
 from ouro_jax.config import DataConfig
-from ouro_jax.training.checkpoint_files import steps_of
+from ouro_jax.training.checkpoint_files import SUMS, steps_of
 from ouro_jax.training.run_log import read_log
 from ouro_jax.training.trainer import prepare_data
 
@@ -58,7 +58,7 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(real, config):
          f"--config={config}", f"--workdir={run}"],
         env=real.env, cwd=real.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not (run / "stable_1a" / str(EVERY)).is_dir():
+    while not (run / "stable_1a" / str(EVERY) / SUMS).exists():
         assert launcher.poll() is None, launcher.stderr.read()
         time.sleep(0.02)
     found = ["pgrep", "-f", f"{run} .*--process_id=1"]
@@ -85,7 +85,7 @@ def test_a_launcher_that_is_told_to_stop_has_its_run_save_and_go_on(real, config
             env=real.env, cwd=real.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             text=True,
         )  # fmt: skip
-        while not run.exists() or max(steps_and_events(run)[0], default=0) < stopped + 3:
+        while not (run / "metrics.jsonl").exists() or max(steps_and_events(run)[0], default=0) < stopped + 3:
             assert launcher.poll() is None, launcher.stderr.read()
             time.sleep(0.02)
         launcher.send_signal(signal.SIGTERM)
