@@ -88,9 +88,7 @@ def main(_: Sequence[str]) -> None:
         config = make_config(folder)
         config_file = folder / "config.json"
         config_file.write_text(json.dumps(to_dict(config)))
-        report = (
-            elastic(config_file, folder) if _ELASTIC.value else storm(config, config_file, folder)
-        )
+        report = (elastic if _ELASTIC.value else storm)(config, config_file, folder)
         print(json.dumps(report))
 
 

@@ -20,6 +20,7 @@ example.
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,11 +58,14 @@ def main() -> Mapping[str, Any] | None:
 
     from ouro_jax.parallel.hosts import joined
     from ouro_jax.reporting.tables import heldout_table
+    from ouro_jax.training.lines import Forgiving
     from ouro_jax.training.run_log import read_log
     from ouro_jax.training.timing import start_clock
     from ouro_jax.training.trainer import train
 
     start_clock().mark("imports")
+    # They may go to a file beside the checkpoints: a full disk there must not end the run.
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     with joined(*place, detect=FLAGS.distributed == "auto"):
         start_clock().mark("join")
         result = train(config, workdir, FLAGS.allow_config_change)

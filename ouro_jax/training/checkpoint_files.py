@@ -217,6 +217,14 @@ def delete(checkpoints: Iterable[CheckpointFile]) -> None:
         checkpoint.path.rmtree()
 
 
+def delete_unfinished(stage: epath.Path, steps: Iterable[int]) -> None:
+    """Deletes what failed saves have left, also where Orbax had not yet named it `STEP`."""
+    names = {str(step) for step in steps}
+    for path in stage.iterdir():
+        if path.name.partition(".")[0] in names and not (path / SUMS).exists():
+            path.rmtree()
+
+
 def _files(path: epath.Path) -> list[epath.Path]:
     found = []
     for entry in sorted(path.iterdir()):

@@ -6,6 +6,7 @@ the steps, and as JSON the position in the data, the tokens seen, the run's conf
 own config as of the stage. Temporary ones are deleted by policy, permanent ones never.
 """
 
+import contextlib
 import dataclasses
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from ouro_jax.training.checkpoint_files import (
     absolute,
     checkpoint_root,
     delete,
+    delete_unfinished,
     list_stage,
     problems_of,
     prunable,
@@ -36,6 +38,8 @@ from ouro_jax.training.state import TrainState, abstract_params
 SCHEMA_VERSION = 3
 # A host that others wait for while a checkpoint is written is not waited for longer.
 SAVE_SECONDS = 1200
+# More than Orbax keeps.
+ERRORS_OF_A_SAVE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,7 @@ class StageCheckpoints:
         )
         self._saving: int | None = None
         self._finishing: Future[None] | None = None
+        self._failed_steps: set[int] = set()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checksums")
 
     def __enter__(self) -> "StageCheckpoints":
@@ -90,7 +95,9 @@ class StageCheckpoints:
 
     def __exit__(self, *_) -> None:
         self._worker.shutdown()
+        self._forget_errors()
         self._manager.close()
+        self._delete_failed()
 
     @property
     def is_saving(self) -> bool:
@@ -113,7 +120,9 @@ class StageCheckpoints:
         self, position: Position, config: dict[str, Any], *, permanent: bool = True, **items: Any
     ) -> None:
         """Starts writing the Orbax items given, with `position` and `config` as JSON beside."""
-        self.finish()
+        self.settle()
+        if self._failed_steps:
+            self._forget_errors()
         meta = {"schema_version": SCHEMA_VERSION, "permanent": permanent, "config": config}
         args = ocp.args.Composite(meta=ocp.args.JsonSave(meta | _to_json(position)), **items)
         try:
@@ -132,16 +141,16 @@ class StageCheckpoints:
             self._finishing = self._worker.submit(self._finish, self._saving)
         if not self._finishing.done():
             return False
-        self.finish()
+        self.settle()
         return True
 
     def wait(self) -> None:
         """Returns when what all processes saved is over; raises SaveError if it failed."""
-        self.finish()
+        self.settle()
         barrier(f"{self.directory.name} saved")
 
-    def finish(self) -> None:
-        """Returns when this process's part of a save is over; raises SaveError if it failed."""
+    def settle(self) -> None:
+        """Returns when what this process saved is over; raises SaveError if it failed."""
         step, finishing = self._saving, self._finishing
         if step is None:
             return
@@ -160,11 +169,35 @@ class StageCheckpoints:
         if jax.process_index() > 0:
             return
         write_sums(self.directory / str(step))
+        self._delete_failed()
         delete(prunable(list_stage(self.directory), self._keep))
 
     def _failed(self, step: int, error: Exception) -> SaveError:
-        first = str(error).split("\n")[0][:300]
-        return SaveError(f"{self.directory / str(step)}: cannot be saved: {first}")
+        self._failed_steps.add(step)
+        self._delete_failed()
+        first = str(error).split("\n")[0][:300].rstrip(".")
+        return SaveError(f"{self.directory / str(step)}: cannot be saved: {first}.")
+
+    def _delete_failed(self) -> None:
+        """What failed saves have written may be what fills the disk.
+
+        Orbax leaves writes under way behind, and their files appear a little later; so once more
+        after the next save.
+        """
+        if jax.process_index() == 0 and self._failed_steps:
+            with contextlib.suppress(OSError):
+                delete_unfinished(self.directory, self._failed_steps)
+
+    def _forget_errors(self) -> None:
+        """Orbax raises one error of a failed save; the others it would raise at the next one."""
+        checkpointer: Any = self._manager._checkpointer  # its errors cannot be reached otherwise
+        for waits in (self._manager, checkpointer):
+            for _ in range(ERRORS_OF_A_SAVE):
+                try:
+                    waits.wait_until_finished()
+                    break
+                except (OSError, ValueError, RuntimeError):
+                    continue
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The state of `step`, laid out as `abstract` says. ConfigError if the shapes differ."""

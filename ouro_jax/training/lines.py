@@ -1,9 +1,10 @@
-"""Files of JSON lines: a kill tears at most the last line, and a full disk loses none.
+"""Files that survive a full disk, and files of JSON lines, of which a kill tears the last at most.
 
 One JSON object with a field `kind` a line, written at once. A line counts as written when its
 newline is there.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -15,39 +16,23 @@ from typing import Any
 from ouro_jax.errors import ConfigError, RunError
 
 
-class Lines:
-    """A file open for more lines, less a last line torn by a kill.
+class GrowingFile:
+    """A file that is only appended to.
 
-    What the disk does not take now (it is full, say) is kept and tried again with the next line:
+    What the disk does not take now (it is full, say) is kept and tried again with what comes next:
     training goes on meanwhile. RunError on closing if it never took it.
     """
 
     def __init__(self, path: Path):
         self._path = path
-        if path.exists():
-            kept = _whole_lines(path)
-            if len(kept) < path.stat().st_size:
-                replace_file(path, kept)
         self._file = path.open("ab", buffering=0)
         self._size = path.stat().st_size
         self._pending = b""
         self._failure: OSError | None = None
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Writes a record, or keeps it for the next time; NaN and infinities become null."""
-        self._pending += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
-        self._write()
-
-    def close(self) -> None:
-        """Closes the file; RunError if lines were never written."""
-        if self._pending:
-            self._write()
-        self._file.close()
-        if self._failure is not None:
-            lost = self._pending.count(b"\n")
-            raise RunError(f"{self._path}: its last {lost} lines are lost: {self._failure}.")
-
-    def _write(self) -> None:
+    def write(self, content: bytes) -> None:
+        """Writes `content` at once, or keeps it for the next time."""
+        self._pending += content
         try:
             written = 0
             while written < len(self._pending):
@@ -60,6 +45,55 @@ class Lines:
         else:
             self._size += len(self._pending)
             self._pending, self._failure = b"", None
+
+    def close(self) -> None:
+        """Closes the file; RunError if something was never written, unless an error is on its way
+        already: that one says more."""
+        if self._pending:
+            self.write(b"")
+        self._file.close()
+        if self._failure is not None:
+            lost = len(self._pending)
+            text = f"{self._path}: its last {lost:,} bytes are lost: {self._failure}."
+            if sys.exc_info()[1] is None:
+                raise RunError(text)
+            print(text, file=sys.stderr)
+
+
+class Lines(GrowingFile):
+    """A file open for more lines, less a last line torn by a kill."""
+
+    def __init__(self, path: Path):
+        if path.exists():
+            kept = _whole_lines(path)
+            if len(kept) < path.stat().st_size:
+                replace_file(path, kept)
+        super().__init__(path)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes a record, or keeps it for the next time; NaN and infinities become null."""
+        self.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
+
+
+class Forgiving:
+    """A stream such as sys.stdout whose disk may be full: what it does not take is no error."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes `text`, which may be lost."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered, as far as the disk takes it."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

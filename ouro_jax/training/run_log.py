@@ -6,15 +6,19 @@ The JSONL file is the record that everything else is made from; see `lines.py`.
 import importlib
 import json
 import secrets
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import masked_crc32c
 
 from ouro_jax.errors import ConfigError
-from ouro_jax.training.lines import Lines, finite, read_lines, replace_file
+from ouro_jax.training.lines import GrowingFile, Lines, finite, read_lines, replace_file
 
 FILE_NAME = "metrics.jsonl"
 # What places or sizes a record and is no curve of its own.
@@ -146,23 +150,38 @@ class _Mirror(Protocol):
 
 
 class _TensorBoard:
-    """Event files. `tokens` is where the log stands: later points of old files are void."""
+    """Event files. `tokens` is where the log stands: later points of old files are void.
+
+    Written here and not by tensorboardX's own writer: its thread dies of a full disk, and the run
+    would then wait for the queue without end.
+    """
 
     def __init__(self, directory: Path, tokens: int):
-        # The suffix keeps a writer opened within a second of another from taking its file.
-        self._writer = SummaryWriter(
-            str(directory),
-            purge_step=tokens + 1 if tokens else None,
-            filename_suffix=f".{time.time_ns()}",
-        )
+        directory.mkdir(exist_ok=True)
+        # The number keeps a file opened within a second of another from being the same.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{time.time_ns()}"
+        self._file = GrowingFile(directory / name)
+        self._append(file_version="brain.Event:2")
+        if tokens:
+            self._append(step=tokens + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, scalars: dict[str, float], tokens: int) -> None:
-        for name, value in scalars.items():
-            # An event's step is an int64: 7.7T tokens fit.
-            self._writer.add_scalar(name, value, global_step=tokens)
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        # An event's step is an int64: 7.7T tokens fit.
+        self._append(step=tokens, summary=Summary(value=points))
+
+    def _append(self, **fields: Any) -> None:
+        event = Event(wall_time=time.time(), **fields).SerializeToString()
+        size = struct.pack("<Q", len(event))
+        parts = (size, _checksum(size), event, _checksum(event))
+        self._file.write(b"".join(parts))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+
+def _checksum(content: bytes) -> bytes:
+    return struct.pack("<I", masked_crc32c(content))
 
 
 class _WandB:

@@ -33,8 +33,8 @@ class Saves:
         Raises Unsound if the state is not finite or its replicas differ. With `wait`, SaveError.
         """
         began = time.perf_counter()
-        self._finish_previous()
         self._check(state, position)
+        self._settle()
         try:
             self._checkpoints.save(state, position, self._run.described, permanent=permanent)
         except SaveError as error:
@@ -67,12 +67,13 @@ class Saves:
 
     def finish(self) -> None:
         """Returns when no save is going on."""
-        self._finish_previous()
-        barrier("no save is going on")
+        self._settle()
+        barrier("no save is going on")  # also where one process's save has failed
 
-    def _finish_previous(self) -> None:
+    def _settle(self) -> None:
+        """Waits for a save of this process and notes what came of it."""
         try:
-            self._checkpoints.finish()
+            self._checkpoints.settle()
             self._over()
         except SaveError as error:
             self._failed(error, final=False)

@@ -85,7 +85,10 @@ def test_a_launcher_that_is_told_to_stop_has_its_run_save_and_go_on(real, config
             env=real.env, cwd=real.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             text=True,
         )  # fmt: skip
-        while not (run / "metrics.jsonl").exists() or max(steps_and_events(run)[0], default=0) < stopped + 3:
+        while (
+            not (run / "metrics.jsonl").exists()
+            or max(steps_and_events(run)[0], default=0) < stopped + 3
+        ):
             assert launcher.poll() is None, launcher.stderr.read()
             time.sleep(0.02)
         launcher.send_signal(signal.SIGTERM)
