@@ -99,5 +99,5 @@ def test_lines_that_were_never_written_are_an_error_at_the_end(tmp_path):
     lines._file = FullDisk(lines._file, 0)  # type: ignore[reportAttributeAccessIssue]
     lines.append({"kind": "window"})
     lines.append({"kind": "window"})
-    with pytest.raises(RunError, match="its last 2 lines are lost: .*No space left"):
+    with pytest.raises(RunError, match="its last 38 bytes are lost: .*No space left"):
         lines.close()
