@@ -38,7 +38,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(config, params, _tokenizer(path), True, path.name)
     stage = latest_stage(path)
     position, params = load_params(stage)
-    tokenizer_file = _tokenizer(stage, stage.parent)
+    # Checkpoints may lie in a bucket, but their tokenizer lies in the workdir.
+    places = (path, path.parent) if steps_of(epath.Path(path)) else (path,)
+    tokenizer_file = _tokenizer(*places)
     return Checkpoint(position.model, params, tokenizer_file, False, stage.name)
 
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import fsspec.config
 from etils import epath
 
 from ouro_jax.config import STAGE_ORDER
+from ouro_jax.data.files import file_system
 from ouro_jax.errors import ConfigError
 
 SUMS = "SHA256SUMS"
@@ -22,6 +24,8 @@ META = "meta/metadata"
 SET_ASIDE = "set_aside"
 HASH_THREADS = 4
 CHUNK_BYTES = 16 * 2**20
+# In a bucket TensorStore and other processes write too: epath must not remember what lies there.
+fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +193,10 @@ def set_aside(path: epath.Path) -> epath.Path:
     while target.exists():
         number += 1
         target = folder / f"{path.name}_{number}"
-    path.rename(target)
+    if "://" in str(path):  # a bucket has no folders, neither to rename nor to rename into
+        file_system(str(path))[0].mv(str(path), str(target), recursive=True)
+    else:
+        path.rename(target)
     return target
 
 

@@ -1,15 +1,16 @@
-"""Google Cloud Storage on this machine: as much of its interface as gcsfs and ArrayRecord use."""
+"""Google Cloud Storage on this machine, as much of it as gcsfs, ArrayRecord and TensorStore use."""
 
 import json
 import re
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-PATH = re.compile(r"(?:/upload|/download)?/storage/v1/b/([^/]+)/o(?:/(.+))?")
+PATH = re.compile(r"(?:/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?")
 PAGE = 3  # names in an answer to a listing, instead of 1,000
 
 
@@ -27,26 +28,36 @@ class FakeGcs(ThreadingHTTPServer):
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.times: dict[str, str] = {}
+        self.generations: dict[str, int] = {}
+        self._lock = threading.Lock()
         self.requests: list[Request] = []
         self.refused: dict[str, int] = {}
         super().__init__(("127.0.0.1", 0), _Handler)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def environment(self) -> dict[str, str]:
-        """What sends gcsfs and ArrayRecord here, without credentials."""
+        """What sends gcsfs, ArrayRecord and TensorStore here, without credentials."""
         address = f"http://127.0.0.1:{self.server_port}"
         here = {"STORAGE_EMULATOR_HOST": address, "CLOUD_STORAGE_EMULATOR_ENDPOINT": address}
+        here |= {"TENSORSTORE_GCS_HTTP_URL": address, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any"}
         return {**here, "GOOGLE_APPLICATION_CREDENTIALS": "/none", "NO_GCE_CHECK": "true"}
 
-    def write(self, name: str, content: bytes) -> Any:
-        """Makes an object, or makes it anew, and returns what there is to say about it."""
-        self.times[name] = datetime.now(UTC).isoformat()[:23] + "Z"
-        self.objects[name] = content
-        return self.describe(name)
+    def write(self, name: str, content: bytes, if_generation: str | None = None) -> Any:
+        """Makes an object, or makes it anew, and returns what there is to say about it; None if it
+        is not of the generation that it must be of (0: there is none)."""
+        with self._lock:
+            found = self.generations[name] if name in self.objects else 0
+            if if_generation not in (None, str(found)):
+                return None
+            self.times[name] = datetime.now(UTC).isoformat()[:23] + "Z"
+            self.objects[name], self.generations[name] = content, time.time_ns()
+            return self.describe(name)
 
     def describe(self, name: str) -> Any:
         """The metadata of an object."""
-        return {"name": name, "size": len(self.objects[name]), "updated": self.times[name]}
+        size, generation = len(self.objects[name]), str(self.generations[name])
+        updated = self.times[name]
+        return {"name": name, "size": size, "updated": updated, "generation": generation}
 
     def list(self, prefix: str = "", delimiter: str = "", pageToken: str = "", **_: str) -> Any:
         """A page of the objects whose names begin with `prefix`, or of the folders they are in."""
@@ -81,12 +92,16 @@ class _Handler(BaseHTTPRequestHandler):
             query["name"], query["sent"] = json.loads(head.partition(b"\n")[0])["name"], "1"
         match = PATH.fullmatch(url.path)
         bucket, name = match.groups("") if match else ("", "")
+        name, _, target = name.partition("/moveTo/o/")
         name = unquote(query.get("name", name))
         is_there = bucket == "bucket" and (name in gcs.objects or not name or "name" in query)
         if not is_there or name in gcs.refused:
             self._answer(gcs.refused.get(name, 404), name)
-        elif "sent" in query:
-            self._answer(200, name, gcs.write(name, body))
+        elif target:
+            self._answer(200, name, gcs.write(unquote(target), gcs.objects.pop(name)))
+        elif "sent" in query or query.get("uploadType") == "media":
+            made = gcs.write(name, body, query.get("ifGenerationMatch"))
+            self._answer(200 if made else 412, name, made or b"")
         elif "name" in query:  # only its name; the content comes next, to this address
             self._answer(200, name, Location=f"http://{self.headers['Host']}{self.path}&sent=1")
         elif self.command == "DELETE":
@@ -97,7 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(first) if first else max(0, len(content) - int(last))
             piece = content[start : int(last) + 1 if first and last else None]
             place = f"bytes {start}-{start + len(piece) - 1}/{len(content)}"
-            self._answer(206, name, piece, **{"Content-Range": place})
+            generation = {"x-goog-generation": str(gcs.generations[name])}
+            self._answer(206, name, piece, **{"Content-Range": place}, **generation)
         else:
             self._answer(200, name, gcs.describe(name) if name else gcs.list(**query))
 
