@@ -222,8 +222,8 @@ def _check_tokenizer(config: Config, data_root: epath.Path) -> None:
     if not config.init_from or is_huggingface(config.init_from):
         return
     # A run's tokenizer lies in its workdir, a converted checkpoint's in its own folder.
-    origin = Path(config.init_from)
-    workdir = origin.parent if steps_of(epath.Path(origin)) else origin
+    origin = epath.Path(config.init_from)
+    workdir = origin.parent if steps_of(origin) else origin
     for theirs in (origin / "tokenizer.json", workdir / "tokenizer.json"):
         if theirs.is_file() and tokenizer_hash(theirs) != tokenizer_hash(path):
             raise ConfigError(
