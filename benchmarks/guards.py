@@ -111,7 +111,8 @@ def paired(
             for kind, duration in pair:
                 times[kind].append(duration)
     ratios = [guarded / plain for plain, guarded in zip(*times, strict=True)]
-    return *map(statistics.median, times), statistics.median(ratios)
+    without, judged = map(statistics.median, times)
+    return without, judged, statistics.median(ratios)
 
 
 def host_seconds(watchdog: Watchdog, requests: Requests) -> float:
