@@ -268,7 +268,9 @@ def _watch(done: threading.Event) -> None:
 def _stop_all(error: BaseException, done: threading.Event) -> NoReturn:
     """Tells the others, and leaves."""
     if isinstance(error, JaxRuntimeError):
-        # Perhaps a collective, broken because another process failed: let that one be heard.
+        # Perhaps a collective, broken because another process failed: let that one be heard. The
+        # client may abort meanwhile, so what this one did is said first.
+        traceback.print_exception(error)
         time.sleep(2 * POLL_SECONDS)
     done.set()
     if isinstance(error, Stopped):  # all of them do, after the same step
@@ -278,6 +280,8 @@ def _stop_all(error: BaseException, done: threading.Event) -> NoReturn:
     code = 1
     if isinstance(error, ConfigError | RunError):
         code, text = error.exit_code, f"error: {error}"
+    elif isinstance(error, JaxRuntimeError):
+        text = str(error)
     elif isinstance(error, KeyboardInterrupt):
         code, text = 130, "interrupted"
     else:

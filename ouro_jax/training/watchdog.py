@@ -77,7 +77,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.is_set():
-            faulthandler.dump_traceback_later(LOCKED_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(LOCKED_SECONDS, exit=True, file=2)
             if select.select([self._wake], [], [], POLL_SECONDS)[0]:
                 numbers = os.read(self._wake, 64)
                 if signal.SIGTERM in numbers:

@@ -28,7 +28,7 @@ def test_the_description_adds_up():
     assert "stable_1a" not in table and len(table) == 6
     row = table["stable_1b"]
     assert row["tokens"] == row["steps"] * 8 * 2**20 and row["parameters"] == 2_667_974_657
-    assert row["checkpoints"] == 151  # 3T tokens and a bit, every 20B
+    assert row["checkpoints"] == 31  # permanent ones: 3T tokens and a bit, every 100B
     # 48 layers × 4 loops and 4 heads; 6 FLOPs per multiply-add, attention over 2048.5 positions.
     layer = 2048 * (4 * 2048 + 3 * 5632) + 2 * 16 * 128 * (4096 + 1) // 2
     assert row["flops"] == row["tokens"] * 6 * (192 * layer + 4 * 2048 * 49_152)

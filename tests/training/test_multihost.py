@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
         return start_together(hosts, lambda host, address: [
             "-m", "ouro_jax.cli.train", f"--config={file}", f"--workdir={tmp_path / 'stopped'}",
             "--json", f"--coordinator={address}", f"--num_processes={hosts}",
-            f"--process_id={host}",
+            f"--process_id={host}", "--allow_config_change=stages.stable_1a.tokens",
         ])  # fmt: skip
 
     go_on(2, file_of(3, fsdp=4, tensor=2))
