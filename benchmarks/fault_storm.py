@@ -193,6 +193,8 @@ def attempt(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }  # fmt: skip
+    if _ELASTIC.value:  # compiling for four processes takes most of the time, half of it for speed
+        environment["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
     processes = []
     for number, fault in enumerate(faults):
         place = [address, len(faults), number] if len(faults) > 1 else ["", 0, 0]

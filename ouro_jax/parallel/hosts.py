@@ -49,6 +49,7 @@ SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", 
 STOPPED = "ouro/stopped"
 AGAIN = "Run the same command again on all of them: the run goes on from its newest checkpoint."
 
+_code_of_abort = 1
 _uses: Counter[str] = Counter()  # how often a name has been waited at: the store's are used once
 
 
@@ -233,7 +234,7 @@ def _leave_unjoined(seconds: float) -> NoReturn:
 def _speak_on_abort() -> None:
     """The client aborts the process when a heartbeat fails, after lines that name the process.
 
-    It calls no Python before, so a signal handler adds what to do, and exit code 1.
+    It calls no Python before, so a signal handler adds what to do, and the exit code.
     """
     text = (
         f"error: {_me()} stops, because another one stopped answering or this one was cut off "
@@ -243,7 +244,7 @@ def _speak_on_abort() -> None:
     def speak(_: int) -> None:
         faulthandler.dump_traceback(2)
         os.write(2, text)
-        os._exit(1)
+        os._exit(_code_of_abort)
 
     global _handler  # ctypes frees it otherwise
     _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(speak)
@@ -274,8 +275,13 @@ def _stop_all(error: BaseException, done: threading.Event) -> NoReturn:
         time.sleep(2 * POLL_SECONDS)
     done.set()
     if isinstance(error, Stopped):  # all of them do, after the same step
+        # Process 0 takes the service with it, and a client that misses that aborts.
+        global _code_of_abort
+        _code_of_abort = error.exit_code
         with contextlib.suppress(RunError):
             barrier("stopped", timeout=60)
+        if global_state.process_id == 0:
+            time.sleep(2 * POLL_SECONDS)
         _leave(error.exit_code, f"error: {error}")
     code = 1
     if isinstance(error, ConfigError | RunError):
