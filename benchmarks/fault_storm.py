@@ -11,8 +11,8 @@ logged loss, are compared bit for bit.
 
     python -m benchmarks.fault_storm --elastic
 
-runs the same with 2, 1 and 4 processes in turn: the rows of every step are the same throughout, and
-so are the first ten losses after a change, to 1e-5.
+runs the same with 2, 1 and 4 processes in turn: every step's loss is that of one process, to 1e-3,
+as it would not be with other rows, and the first ten losses after a change agree to 1e-5.
 """
 
 import collections
@@ -254,8 +254,8 @@ def logged(workdir: Path) -> list[dict[str, Any]]:
 def elastic(config: Config, config_file: Path, folder: Path) -> dict[str, Any]:
     """2, 1 and 4 processes in turn on four devices, each stopped on the way.
 
-    The rows are those of a run of one process. Losses after a change are compared with those of a
-    copy that goes on with as many processes as before.
+    All losses are compared with those of a run of one process, which had other rows been read would
+    differ, and those after a change with a copy's that goes on with as many processes as before.
     """
     alone, changed, same = folder / "alone", folder / "changed", folder / "same"
     for workdir in (alone, changed, same):
@@ -274,14 +274,20 @@ def elastic(config: Config, config_file: Path, folder: Path) -> dict[str, Any]:
             worst[step] = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
         before = count
     wait(attempt(config_file, changed, [{}] * before, folder))
-    rows = ("step", "tokens", "source_tokens", "batch_tokens", "num_tokens", "learning_rate")
-    seen = [
-        [[r[key] for key in rows] for r in logged(workdir) if r["kind"] == "train"]
+    logs = [
+        [record for record in logged(workdir) if record["kind"] == "train"]
         for workdir in (alone, changed)
     ]
+    facts = ("step", "tokens", "source_tokens", "batch_tokens", "num_tokens", "learning_rate")
+    seen = [[[record[key] for key in facts] for record in log] for log in logs]
     assert seen[0] == seen[1] and len(seen[0]) == sum(ELASTIC_STEPS.values())
-    assert max(worst.values()) <= 1e-5, worst
-    return {"processes": [2, 1, 4], "rows_equal": True, "losses_after_step_differ_by": worst}
+    # Other rows have another loss: from one step to the next it changes by 2 %.
+    apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(*logs, strict=True))
+    assert apart <= 1e-3 and max(worst.values()) <= 1e-5, (apart, worst)
+    return {
+        "processes": [2, 1, 4], "losses_differ_from_one_process_by": apart,
+        "losses_after_step_differ_by": worst,
+    }  # fmt: skip
 
 
 def run_until(config_file: Path, workdir: Path, count: int, call: int, folder: Path) -> None:

@@ -89,7 +89,9 @@ def test_every_free_key_is_a_key():
     for name in FREE:
         tree = to_dict(CONFIG)
         for part in name.split("."):
-            tree = tree[next(iter(tree)) if part == "*" else part]
+            part = next(iter(tree)) if part == "*" else part
+            assert part in tree, name
+            tree = tree[part]
 
 
 def test_stages_that_come_or_go_are_changes():
