@@ -110,7 +110,7 @@ def _verify(directory: epath.Path) -> Mapping[str, Any]:
         print(json.dumps(summary))
     lines = [problem for found in broken.values() for problem in found]
     raise RunError(
-        f"{len(broken)} of {len(problems)} checkpoints are not whole, {len(lines)} problems:\n  "
+        f"checkpoints that are not whole: {len(broken)} of {len(problems)}; what is wrong:\n  "
         + "\n  ".join(lines)
     )
 

@@ -93,7 +93,7 @@ def test_every_broken_file_is_named(run):
     (root / "stable_1b/40/params/more").touch()
     broken = ouro("checkpoint", "verify", str(workdir), "--json")
     assert broken.returncode == 1 and "Traceback" not in broken.stderr
-    assert "2 of 5 checkpoints are not whole, 3 problems" in broken.stderr
+    assert "checkpoints that are not whole: 2 of 5; what is wrong:\n" in broken.stderr
     for file, words in (
         (flipped, ": its SHA-256 is"),
         (missing, ": missing"),
