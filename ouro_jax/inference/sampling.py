@@ -10,38 +10,41 @@ from flax import struct
 
 @struct.dataclass
 class Sampling:
-    """How tokens are drawn. Plain numbers, traced: changing them compiles nothing anew.
+    """How the tokens of each row are drawn. Plain numbers, traced: changing them compiles nothing.
 
-    `temperature` 0 takes the most probable token; `top_k` 0 and `top_p` 1 leave every token in.
+    `temperature_B` 0 takes the most probable token; `top_k_B` 0 and `top_p_B` 1 leave every token
+    in.
     """
 
-    temperature: jax.Array | float
-    top_k: jax.Array | int
-    top_p: jax.Array | float
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
 
 
-def row_keys(seed: int, batch: int) -> jax.Array:
-    """A key for each row, from its index alone: row 0 draws the same whatever the batch holds."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+def row_key(seed: int, stream: int) -> jax.Array:
+    """The key that one answer is drawn from: streams of a seed draw differently."""
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def sample(
-    logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array, step: jax.Array
+    logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array, index_B: jax.Array
 ) -> jax.Array:
-    """The next token of each row, int32 [B]; `step` counts the new tokens of the answer."""
-    logits_BV = logits_BV.astype(jnp.float32)
+    """The next token of each row, int32 [B]; `index_B` counts the new tokens of its answer.
 
-    def greedy():
-        return jnp.argmax(logits_BV, axis=-1)
+    A row draws the same whatever the other rows are and how many there are.
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    greedy_B = jnp.argmax(logits_BV, axis=-1)
+    drawn_B = sampling.temperature_B > 0
+    limited = jnp.any(drawn_B & ((sampling.top_k_B > 0) | (sampling.top_p_B < 1)))
 
     def draw():
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        scaled_BV = logits_BV / sampling.temperature
-        unlimited = (sampling.top_k == 0) & (sampling.top_p == 1)
-        kept_BV = jax.lax.cond(unlimited, lambda: scaled_BV, lambda: limit(scaled_BV, sampling))
-        return jax.vmap(jax.random.categorical)(keys, kept_BV)
+        keys = jax.vmap(jax.random.fold_in)(keys_B, index_B)
+        scaled_BV = logits_BV / jnp.where(drawn_B, sampling.temperature_B, 1)[:, None]
+        kept_BV = jax.lax.cond(limited, lambda: limit(scaled_BV, sampling), lambda: scaled_BV)
+        return jnp.where(drawn_B, jax.vmap(jax.random.categorical)(keys, kept_BV), greedy_B)
 
-    return jax.lax.cond(sampling.temperature == 0, greedy, draw).astype(jnp.int32)
+    return jax.lax.cond(jnp.any(drawn_B), draw, lambda: greedy_B).astype(jnp.int32)
 
 
 def limit(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -50,13 +53,15 @@ def limit(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     Top-k keeps the k largest. Top-p keeps, of these, the fewest whose probabilities reach p: those
     before which less than p has been collected. A token that ties with the last one kept is kept.
     """
+    top_k_B1, top_p_B1 = sampling.top_k_B[:, None], sampling.top_p_B[:, None]
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     rank_V = jnp.arange(logits_BV.shape[-1])
-    in_top_k_V = (rank_V < sampling.top_k) | (sampling.top_k == 0)
-    p_BV = jax.nn.softmax(jnp.where(in_top_k_V, sorted_BV, -jnp.inf), axis=-1)
+    in_top_k_BV = (rank_V < top_k_B1) | (top_k_B1 == 0)
+    p_BV = jax.nn.softmax(jnp.where(in_top_k_BV, sorted_BV, -jnp.inf), axis=-1)
     before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-    in_top_p_BV = (before_BV < sampling.top_p) | (rank_V == 0)
+    # A row without top-p keeps all: a sum of float32 may reach one before the last token.
+    in_top_p_BV = (before_BV < top_p_B1) | (rank_V == 0) | (top_p_B1 >= 1)
     lowest_B1 = jnp.min(
-        jnp.where(in_top_k_V & in_top_p_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True
+        jnp.where(in_top_k_BV & in_top_p_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True
     )
     return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)

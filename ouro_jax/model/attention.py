@@ -9,6 +9,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ouro_jax.model.cache import Address, KVCache, read, write
+
+# The fewest cache slots that are read; more are read in doublings.
+SEEN_AT_LEAST = 64
+
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 """(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL or None) → o_BLHK; causal, scaled by K^-0.5."""
 
@@ -37,20 +42,47 @@ def dense_attention(
 
 
 def cached_attention(
-    q_BLHK: jax.Array, keys_BSGK: jax.Array, values_BSGK: jax.Array, positions_BL: jax.Array
-) -> jax.Array:
-    """Attention of the queries at `positions_BL` over the cache slots up to their own."""
-    slots_S = jnp.arange(keys_BSGK.shape[1])
-    visible_BLS = slots_S <= positions_BL[:, :, None]
-    return attend(q_BLHK, keys_BSGK, values_BSGK, visible_BLS)
+    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array,
+    cache: KVCache, layer: jax.Array, address: Address,
+) -> tuple[jax.Array, KVCache]:
+    """Writes keys and values, and attends over the cache slots up to each position.
+
+    Only as many slots are read as `address.longest` asks for, rounded up to SEEN_AT_LEAST times a
+    power of two: one program for caches of any fill.
+    """
+    policy, dtype = cache.policy, k_BLGK.dtype
+    keys = write(cache.keys_CNRGSK, k_BLGK, policy, layer, address)
+    values = write(cache.values_CNRGSK, v_BLGK, policy, layer, address)
+
+    def over(seen):
+        def attend_to_seen(q_BLHK, keys, values):
+            k_BGSK = read(keys, policy, layer, address, seen, dtype)
+            v_BGSK = read(values, policy, layer, address, seen, dtype)
+            visible_BLS = jnp.arange(seen) <= address.positions_BL[:, :, None]
+            return _attend(q_BLHK, k_BGSK, v_BGSK, visible_BLS, "BGSK")
+
+        return attend_to_seen
+
+    lengths = [SEEN_AT_LEAST]
+    while lengths[-1] < cache.num_slots:
+        lengths.append(2 * lengths[-1])
+    lengths[-1] = cache.num_slots
+    index = jnp.sum(address.longest > jnp.array(lengths[:-1], jnp.int32))
+    branches = [over(seen) for seen in lengths]
+    o_BLHK = jax.lax.switch(index, branches, q_BLHK, keys, values)
+    return o_BLHK, cache.replace(keys_CNRGSK=keys, values_CNRGSK=values)
 
 
 def attend(
     q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible_BLS: jax.Array
 ) -> jax.Array:
     """Attention of every query to the keys that are visible to it, at least one; o_BLHK."""
+    return _attend(q_BLHK, k_BSGK, v_BSGK, visible_BLS, "BSGK")
+
+
+def _attend(q_BLHK, k, v, visible_BLS, axes):
     batch, length, heads, width = q_BLHK.shape
-    slots, groups = k_BSGK.shape[1:3]
+    slots, groups = k.shape[axes.index("S")], k.shape[axes.index("G")]
     precision = matmul_precision(q_BLHK.dtype)
     # Positions and query heads as one axis: with two, the gradients of keys and values contract
     # over both, and XLA for CPU transposes a copy of the scores for each. Positions come first,
@@ -58,7 +90,7 @@ def attend(
     q_BLGRK = q_BLHK.reshape(batch, length, groups, heads // groups, width)
     q_BGQK = q_BLGRK.swapaxes(1, 2).reshape(batch, groups, -1, width)
     scores_BGQS = jnp.einsum(
-        "BGQK,BSGK->BGQS", q_BGQK, k_BSGK,
+        f"BGQK,{axes}->BGQS", q_BGQK, k,
         precision=precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
     scores_BGLRS = (scores_BGQS * width**-0.5).reshape(batch, groups, length, -1, slots)
@@ -66,6 +98,6 @@ def attend(
     scores_BGLRS = jnp.where(visible, scores_BGLRS, jnp.finfo(jnp.float32).min)
     weights_BGLRS = jax.nn.softmax(scores_BGLRS, axis=-1).astype(q_BLHK.dtype)
     weights_BGQS = weights_BGLRS.reshape(scores_BGQS.shape)
-    o_BGQK = jnp.einsum("BGQS,BSGK->BGQK", weights_BGQS, v_BSGK, precision=precision)
+    o_BGQK = jnp.einsum(f"BGQS,{axes}->BGQK", weights_BGQS, v, precision=precision)
     o_BLGRK = o_BGQK.reshape(batch, groups, length, -1, width).swapaxes(1, 2)
     return o_BLGRK.reshape(batch, length, heads, width)

@@ -1,6 +1,7 @@
 """The key/value cache: an ordinary value, carried through the loops and updated in place.
 
-T loops, N layers, B batch, S cache slots, G KV heads, K head width, L new positions.
+C sets of keys and values (T loops, or one), N layers, R cache rows, B batch, S cache slots,
+G KV heads, K head width, L new positions.
 """
 
 import jax
@@ -10,57 +11,175 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from ouro_jax.config import ModelConfig
 
+KV_POLICIES = {
+    "full": "every loop reads what the same loop wrote; all loops run",
+    "exited": "as full, but the exit loop's keys and values stand in for those of deeper loops",
+    "last": "one set: each loop overwrites it, so that the last loop that ran is kept",
+    "first": "one set: the first loop writes it, the others read it",
+    "mean": "one set: the mean over the loops that ran",
+}
+PER_LOOP = ("full", "exited")
+
 
 class KVCache(struct.PyTreeNode):
-    """Keys and values of every (loop, layer): loop t of a token attends to what loop t wrote.
+    """Keys and values of every (loop, layer), or of every layer where loops share them.
 
-    A slot holds all heads next to each other, so that a token's keys are one contiguous write.
+    The S positions of a head lie next to each other: attention's products read them as they are.
     The arrays hold the bits of the numbers (uint16 for bfloat16): XLA for CPU has no update of a
     bfloat16 slice and would turn the whole cache into float32 and back for each (8 times slower).
     """
 
-    keys_TNBSGK: jax.Array
-    values_TNBSGK: jax.Array
+    keys_CNRGSK: jax.Array
+    values_CNRGSK: jax.Array
+    policy: str = struct.field(pytree_node=False, default="full")
 
     @property
     def num_slots(self) -> int:
-        """Positions that fit into the cache."""
-        return self.keys_TNBSGK.shape[3]
+        """Positions that fit into a row of the cache."""
+        return self.keys_CNRGSK.shape[4]
 
 
-def empty_cache(config: ModelConfig, batch: int, num_slots: int, num_loops: int) -> KVCache:
-    """A cache of zeros for the compute dtype: 2·T·N·B·S·G·K elements."""
+class Address(struct.PyTreeNode):
+    """Where a batch stands in the cache: its loops (from 0), its cache rows, its positions.
+
+    The positions of a row follow each other. `longest` is how many slots anything of value reads;
+    rows of which nothing is kept may stand beyond.
+    """
+
+    loop_B: jax.Array
+    rows_B: jax.Array
+    positions_BL: jax.Array
+    longest: jax.Array
+
+
+def empty_cache(
+    config: ModelConfig, rows: int, num_slots: int, num_loops: int, policy: str = "full"
+) -> KVCache:
+    """A cache of zeros for the compute dtype: 2·C·N·R·G·S·K elements; C is 1 where loops share."""
     shape = (
-        num_loops, config.num_layers, batch, num_slots, config.num_kv_heads, config.head_dim,
+        num_loops if policy in PER_LOOP else 1,
+        config.num_layers, rows, config.num_kv_heads, num_slots, config.head_dim,
     )  # fmt: skip
     bits = jnp.dtype(f"uint{8 * jnp.dtype(config.dtype).itemsize}")
-    return KVCache(jnp.zeros(shape, bits), jnp.zeros(shape, bits))
+    return KVCache(jnp.zeros(shape, bits), jnp.zeros(shape, bits), policy)
 
 
-def write_and_read(
-    cache_TNBSGK: jax.Array,
+def write(
+    cache_CNRGSK: jax.Array,
     new_BLGK: jax.Array,
-    loop: jax.Array,
+    policy: str,
     layer: jax.Array,
-    positions_BL: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Writes `new_BLGK` at (loop, layer, row, positions_BL); returns the cache and its BSGK slot.
+    address: Address,
+) -> jax.Array:
+    """Writes what a layer made of a batch into the slots of its positions.
 
-    The positions of a row follow each other, so a row is one slice; a loop over the rows keeps
-    every write a dynamic_update_slice, which XLA does in place. What is read has its layout pinned:
-    XLA for TPU otherwise carries the layout that the attention products like back to the cache, and
-    copies all of it there and back for every token (v5e: 3 GiB of temporaries for a 3 GiB cache).
+    Where loops share a set, it is merged into what is there as `policy` says. A loop over the rows
+    keeps every write a dynamic_update_slice, which XLA does in place.
     """
-    new_bits_BLGK = jax.lax.bitcast_convert_type(new_BLGK, cache_TNBSGK.dtype)
+    new_BGLK = new_BLGK.swapaxes(1, 2)
 
-    def write_row(row, cache):
-        start = (loop, layer, row, positions_BL[row, 0], 0, 0)
-        update = jax.lax.dynamic_index_in_dim(new_bits_BLGK, row, keepdims=True)
-        return jax.lax.dynamic_update_slice(cache, update[None, None], start)
+    def write_row(index, cache):
+        loop, new_GLK = address.loop_B[index], new_BGLK[index]
+        set_index = loop if policy in PER_LOOP else 0
+        start = (set_index, layer, address.rows_B[index], 0, address.positions_BL[index, 0], 0)
+        if policy in ("first", "mean"):
+            bits = jax.lax.dynamic_slice(cache, start, (1, 1, 1, *new_GLK.shape))[0, 0, 0]
+            old_GLK = jax.lax.bitcast_convert_type(bits, new_GLK.dtype)
+            new_GLK = _merged(policy, old_GLK, new_GLK, loop)
+        update_GLK = jax.lax.bitcast_convert_type(new_GLK, cache.dtype)
+        return jax.lax.dynamic_update_slice(cache, update_GLK[None, None, None], start)
 
-    cache_TNBSGK = jax.lax.fori_loop(0, new_BLGK.shape[0], write_row, cache_TNBSGK)
-    slot = jax.lax.dynamic_slice(
-        cache_TNBSGK, (loop, layer, 0, 0, 0, 0), (1, 1, *cache_TNBSGK.shape[2:])
+    return jax.lax.fori_loop(0, new_BLGK.shape[0], write_row, cache_CNRGSK)
+
+
+def _merged(policy: str, old: jax.Array, new: jax.Array, loop: jax.Array) -> jax.Array:
+    if policy == "first":
+        return jnp.where(loop == 0, new, old)
+    # What a slot holds before loop 0 is another token's; it must not get into the mean, even as NaN.
+    old32 = jnp.where(loop == 0, 0, old.astype(jnp.float32))
+    return (old32 + (new.astype(jnp.float32) - old32) / (loop + 1)).astype(new.dtype)
+
+
+def read(
+    cache_CNRGSK: jax.Array,
+    policy: str,
+    layer: jax.Array,
+    address: Address,
+    seen: int,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """The first `seen` slots that the loop of each batch row reads: BGSK in `dtype`.
+
+    What is read has its layout pinned: XLA for TPU otherwise carries the layout that the attention
+    products like back to the cache, and copies all of it there and back for every token (v5e:
+    3 GiB of temporaries for a 3 GiB cache).
+    """
+    groups, _, width = cache_CNRGSK.shape[3:]
+
+    def read_row(loop, row):
+        set_index = loop if policy in PER_LOOP else 0
+        sizes = (1, 1, 1, groups, seen, width)
+        return jax.lax.dynamic_slice(cache_CNRGSK, (set_index, layer, row, 0, 0, 0), sizes)
+
+    read_B111GSK = jax.vmap(read_row)(address.loop_B, address.rows_B)
+    read_BGSK = read_B111GSK[:, 0, 0, 0]
+    read_BGSK = with_layout_constraint(read_BGSK, Layout((0, 1, 2, 3)))
+    return jax.lax.bitcast_convert_type(read_BGSK, dtype)
+
+
+def stand_in(
+    cache: KVCache, rows_B: jax.Array, loop_B: jax.Array, positions_B: jax.Array, leaves_B: jax.Array
+) -> KVCache:
+    """Copies what loop `loop_B` wrote at `positions_B` to all deeper loops of rows that leave.
+
+    For the policy `exited`: what attends at a deeper loop later finds the exit loop's there.
+    """
+    num_loops = cache.keys_CNRGSK.shape[0]
+
+    def fill(array):
+        _, layers, _, groups, _, width = array.shape
+
+        def fill_row(index, array):
+            loop, row, position = loop_B[index], rows_B[index], positions_B[index]
+            sizes = (1, layers, 1, groups, 1, width)
+            exited = jax.lax.dynamic_slice(array, (loop, 0, row, 0, position, 0), sizes)
+
+            def fill_loop(deeper, array):
+                start = (deeper, 0, row, 0, position, 0)
+                return jax.lax.dynamic_update_slice(array, exited, start)
+
+            stop = jnp.where(leaves_B[index], num_loops, 0)
+            return jax.lax.fori_loop(loop + 1, stop, fill_loop, array)
+
+        return jax.lax.fori_loop(0, len(rows_B), fill_row, array)
+
+    return cache.replace(
+        keys_CNRGSK=fill(cache.keys_CNRGSK), values_CNRGSK=fill(cache.values_CNRGSK)
     )
-    slot_BSGK = with_layout_constraint(slot[0, 0], Layout((0, 1, 2, 3)))
-    return cache_TNBSGK, jax.lax.bitcast_convert_type(slot_BSGK, new_BLGK.dtype)
+
+
+def condense(
+    filled: KVCache, cache: KVCache, row: jax.Array, loops: jax.Array, dtype: jnp.dtype
+) -> KVCache:
+    """Puts row 0 of `filled`, written by `loops` loops each with its set, into `row` of `cache`.
+
+    `cache` has one set: of the last loop, of the first, or the mean of all that ran (float32).
+    """
+
+    def put(filled_CNRGSK, cache_CNRGSK):
+        if cache.policy == "mean":
+            exact = jax.lax.bitcast_convert_type(filled_CNRGSK[:, :, 0], dtype).astype(jnp.float32)
+            ran = (jnp.arange(exact.shape[0]) < loops).reshape(-1, *[1] * (exact.ndim - 1))
+            mean = jnp.where(ran, exact, 0).sum(0) / loops
+            bits_NGSK = jax.lax.bitcast_convert_type(mean.astype(dtype), cache_CNRGSK.dtype)
+        else:
+            index = loops - 1 if cache.policy == "last" else 0
+            bits_NGSK = jax.lax.dynamic_index_in_dim(filled_CNRGSK, index, keepdims=False)[:, 0]
+        return jax.lax.dynamic_update_slice(
+            cache_CNRGSK, bits_NGSK[None, :, None], (0, 0, row, 0, 0, 0)
+        )
+
+    return cache.replace(
+        keys_CNRGSK=put(filled.keys_CNRGSK, cache.keys_CNRGSK),
+        values_CNRGSK=put(filled.values_CNRGSK, cache.values_CNRGSK),
+    )

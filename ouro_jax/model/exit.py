@@ -20,6 +20,7 @@ EXIT_RULES = {
     "q": "a probability from 0 to 1, as in q:0.8",
     "hidden": "a distance greater than 0, as in hidden:0.05",
     "confidence": "a probability from 0 to 1, as in confidence:0.9",
+    "lookahead": "a probability from 0 to 1, as in lookahead:0.8",
 }
 
 
@@ -32,7 +33,7 @@ class ExitRule:
 
 
 def parse_exit_rule(text: str) -> ExitRule:
-    """Reads `static:2`, `q:0.8`, `hidden:0.05` or `confidence:0.9`.
+    """Reads `static:2`, `q:0.8`, `hidden:0.05`, `confidence:0.9` or `lookahead:0.8`.
 
     Raises ConfigError, naming --exit, for an unknown kind or a number outside the kind's range.
     """
@@ -51,6 +52,7 @@ def parse_exit_rule(text: str) -> ExitRule:
         "q": 0 <= value <= 1,
         "hidden": 0 < value < math.inf,
         "confidence": 0 <= value <= 1,
+        "lookahead": 0 <= value <= 1,
     }
     if not valid[kind]:
         raise ConfigError(f"--exit={text!r}: {kind} takes {EXIT_RULES[kind]}.")
@@ -109,28 +111,53 @@ def q_exit(
     return _first((cdf_TBL >= q) & (q < 1))
 
 
+def lookahead_exit(gate_logits_TBL: jax.Array, q: float | jax.Array) -> jax.Array:
+    """Q-exit decided one loop ahead: whether a token leaves after loop t is known before it.
+
+    The cumulative probability at loop t is foretold from the gates up to loop t - 1, the last of
+    them standing in for gate t, so a token leaves at the second loop at the earliest. A scheduler
+    need not wait for a loop to know who is left. Returns step_BL int32, 0-based; q >= 1 means the
+    last loop.
+    """
+    gates_TBL = gate_logits_TBL.astype(jnp.float32)
+    log_remaining_TBL = _log_remaining(gates_TBL[:-1]) + jax.nn.log_sigmoid(-gates_TBL[:-1])
+    never_BL = jnp.zeros((1, *gates_TBL.shape[1:]), bool)
+    q = jnp.asarray(q, jnp.float32)
+    foretold_TBL = (-jnp.expm1(log_remaining_TBL) >= q) & (q < 1)
+    return _first(jnp.concatenate([never_BL, foretold_TBL]))
+
+
 def hidden_difference_exit(states_TBLD: jax.Array, threshold: float) -> jax.Array:
     """The first loop, from the second on, whose state moved less than `threshold` from the last.
 
-    The distance is the L2 norm of h_t - h_{t-1} in float32 (paper, hidden-state difference).
     Returns step_BL int32, 0-based; the last loop if no state settled.
     """
-    states_TBLD = states_TBLD.astype(jnp.float32)
-    moved_TBL = jnp.linalg.norm(states_TBLD[1:] - states_TBLD[:-1], axis=-1)
+    moved_TBL = state_change(states_TBLD[1:], states_TBLD[:-1])
     never_BL = jnp.zeros((1, *moved_TBL.shape[1:]), bool)
     return _first(jnp.concatenate([never_BL, moved_TBL < threshold]))
+
+
+def state_change(state: jax.Array, before: jax.Array) -> jax.Array:
+    """The L2 norm of h_t - h_{t-1} over the width, in float32 (paper, hidden-state difference)."""
+    return jnp.linalg.norm(state.astype(jnp.float32) - before.astype(jnp.float32), axis=-1)
 
 
 def confidence_exit(logits_TBLV: jax.Array, threshold: float) -> jax.Array:
     """The first loop whose most probable token has at least the probability `threshold`.
 
-    Returns step_BL int32, 0-based; the last loop if none is that sure. The top probability is
-    written as 1 / Σ exp(logit - top), which compiles to two reductions and, unlike a logsumexp,
+    Returns step_BL int32, 0-based; the last loop if none is that sure.
+    """
+    return _first(top_probability(logits_TBLV) >= threshold)
+
+
+def top_probability(logits: jax.Array) -> jax.Array:
+    """Probability of the most probable token, float32, without the last axis.
+
+    Written as 1 / Σ exp(logit - top), which compiles to two reductions and, unlike a logsumexp,
     keeps no float32 copy of bfloat16 logits.
     """
-    top_TBL1 = jnp.max(logits_TBLV, axis=-1, keepdims=True).astype(jnp.float32)
-    total_TBL = jnp.sum(jnp.exp(logits_TBLV.astype(jnp.float32) - top_TBL1), axis=-1)
-    return _first(1 / total_TBL >= threshold)
+    top = jnp.max(logits, axis=-1, keepdims=True).astype(jnp.float32)
+    return 1 / jnp.sum(jnp.exp(logits.astype(jnp.float32) - top), axis=-1)
 
 
 def select_exit(states_TBLD: jax.Array, step_BL: jax.Array) -> jax.Array:

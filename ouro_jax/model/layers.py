@@ -16,7 +16,6 @@ from jax.typing import DTypeLike
 
 from ouro_jax.config import ModelConfig
 from ouro_jax.model.attention import Attention, cached_attention, matmul_precision
-from ouro_jax.model.cache import KVCache, write_and_read
 
 constrain = nn.with_logical_constraint
 
@@ -119,7 +118,7 @@ class SelfAttention(nn.Module):
     attention: Attention
 
     @nn.compact
-    def __call__(self, x_BLD, rotary, segment_ids_BL, cache, address):
+    def __call__(self, x_BLD, rotary, segment_ids_BL, cache, layer, address):
         config = self.config
         width, std = config.hidden_size, config.initializer_range
 
@@ -134,11 +133,7 @@ class SelfAttention(nn.Module):
         if cache is None:
             o_BLHK = self.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
         else:
-            loop, layer, positions_BL = address
-            keys, keys_BSGK = write_and_read(cache.keys_TNBSGK, k_BLGK, *address)
-            values, values_BSGK = write_and_read(cache.values_TNBSGK, v_BLGK, *address)
-            cache = KVCache(keys, values)
-            o_BLHK = cached_attention(q_BLHK, keys_BSGK, values_BSGK, positions_BL)
+            o_BLHK, cache = cached_attention(q_BLHK, k_BLGK, v_BLGK, cache, layer, address)
         o_BLHK = constrain(o_BLHK, ("act_batch", "act_length", "act_heads", "act_head_dim"))
         shape, axes = (config.num_heads, config.head_dim, width), ("heads", "head_dim", "embed")
         out_BLD = Projection("BLHK,HKD->BLD", shape, axes, std, name="o_proj")(o_BLHK)
@@ -175,7 +170,7 @@ class Layer(nn.Module):
     attention: Attention
 
     @nn.compact
-    def __call__(self, carry, layer, rotary, segment_ids_BL, loop, positions_BL):
+    def __call__(self, carry, layer, rotary, segment_ids_BL, address):
         x_BLD, cache = carry
         axes = ("act_batch", "act_length", "act_embed")
 
@@ -184,8 +179,7 @@ class Layer(nn.Module):
 
         attend = SelfAttention(self.config, self.attention, name="self_attn")
         normed_BLD = norm("input_layernorm", x_BLD)
-        address = (loop, layer, positions_BL)
-        out_BLD, cache = attend(normed_BLD, rotary, segment_ids_BL, cache, address)
+        out_BLD, cache = attend(normed_BLD, rotary, segment_ids_BL, cache, layer, address)
         x_BLD = constrain(x_BLD + norm("input_layernorm_2", out_BLD), axes)
         out_BLD = SwiGLU(self.config, name="mlp")(norm("post_attention_layernorm", x_BLD))
         x_BLD = constrain(x_BLD + norm("post_attention_layernorm_2", out_BLD), axes)

@@ -12,7 +12,7 @@ from flax import struct
 
 from ouro_jax.config import ModelConfig
 from ouro_jax.model.attention import Attention, dense_attention, matmul_precision
-from ouro_jax.model.cache import KVCache
+from ouro_jax.model.cache import Address, KVCache
 from ouro_jax.model.layers import Layer, RMSNorm, constrain, parameter, rotary_angles
 
 
@@ -47,7 +47,7 @@ class Stack(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x_BLD, rotary, segment_ids_BL, cache, loop, positions_BL):
+    def __call__(self, x_BLD, rotary, segment_ids_BL, cache, address):
         layer = Layer
         if self.remat != "none":
             # Of the products, attention's have batch dimensions: its scores are never kept.
@@ -58,14 +58,12 @@ class Stack(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)),
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, nn.broadcast)),
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.attention, name="layers")
         indices = jnp.arange(self.config.num_layers)
-        (x_BLD, cache), _ = layers(
-            (x_BLD, cache), indices, rotary, segment_ids_BL, loop, positions_BL
-        )
+        (x_BLD, cache), _ = layers((x_BLD, cache), indices, rotary, segment_ids_BL, address)
         state_BLD = RMSNorm(self.config.norm_eps, name="norm")(x_BLD)
         state_BLD = constrain(state_BLD, ("act_batch", "act_length", "act_embed"))
         return state_BLD, ExitGate(name="early_exit_gate")(state_BLD), cache
@@ -147,7 +145,7 @@ class LoopLM(nn.Module):
         rotary = self._rotary(positions_BL, rope_theta)
 
         def loop(stack, x_BLD, _):
-            state_BLD, gate_BL, _ = stack(x_BLD, rotary, segment_ids_BL, None, 0, positions_BL)
+            state_BLD, gate_BL, _ = stack(x_BLD, rotary, segment_ids_BL, None, None)
             return state_BLD, (state_BLD, gate_BL)
 
         if self.remat.startswith("loop_and_layer"):
@@ -168,16 +166,31 @@ class LoopLM(nn.Module):
         return self.embed_tokens(tokens_BL)
 
     def loop(
-        self, x_BLD: jax.Array, loop: jax.Array, positions_BL: jax.Array, cache: KVCache
+        self,
+        x_BLD: jax.Array,
+        loop: jax.Array | int,
+        positions_BL: jax.Array,
+        cache: KVCache,
+        rows_B: jax.Array | None = None,
+        longest: jax.Array | int | None = None,
     ) -> tuple[jax.Array, jax.Array, KVCache]:
         """One loop over the positions given, with the cache: (state_BLD, gate_logits_BL, cache).
 
-        Writes keys and values of loop number `loop` (from 0) at `positions_BL`, which follow each
-        other within a row, and attends to the slots up to each position. Stale slots beyond are
-        never read.
+        Args:
+          loop: number of the loop, from 0; one for all rows, or [B].
+          positions_BL: follow each other within a row. Keys and values are written there, and the
+            slots up to each position are attended to; stale slots beyond are never read.
+          rows_B: the cache rows of the batch; 0 … B-1 if None.
+          longest: how many slots at the start of the cache are read at least; all that the
+            positions ask for if None.
         """
+        batch = x_BLD.shape[0]
+        loop_B = jnp.broadcast_to(jnp.asarray(loop, jnp.int32), (batch,))
+        rows_B = jnp.arange(batch) if rows_B is None else rows_B
+        longest = jnp.max(positions_BL) + 1 if longest is None else jnp.asarray(longest)
+        address = Address(loop_B, rows_B, positions_BL, longest)
         rotary = self._rotary(positions_BL, None)
-        return cast(Any, self.stack(x_BLD, rotary, None, cache, loop, positions_BL))
+        return cast(Any, self.stack(x_BLD, rotary, None, cache, address))
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Logits over the vocabulary of states of any leading shape: […, D] → […, V], float32."""
