@@ -27,8 +27,8 @@ from flax.core import meta
 
 from benchmarks.measure import seconds, shown
 from ouro_jax.config import DTYPES, ModelConfig
-from ouro_jax.inference.decode import cast_params
 from ouro_jax.inference.generate import generate
+from ouro_jax.inference.slots import cast_params
 from ouro_jax.model.flops import forward_flops_per_token
 from ouro_jax.model.loop_lm import LoopLM
 

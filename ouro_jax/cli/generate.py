@@ -6,10 +6,13 @@
   ouro generate --checkpoint=runs/tiny/sft --prompt='one' --prompt='two' --loops=8 --json
 
 --checkpoint takes a workdir, one of its stages, or a folder in the Hugging Face format. A single
-prompt streams; on a terminal the colour of a token is its exit depth. --json prints prompt, text,
-tokens, depths and mean_depth of the answer, or the list `answers` of these for several prompts.
+prompt streams; on a terminal the colour of a token is its exit depth. With --kv=full all loops run
+and --exit says which is read, as in the published code; with the other policies a token that
+leaves early is computed no further. --json prints prompt, text, tokens, depths and mean_depth of
+the answer, or the list `answers` of these for several prompts.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +27,10 @@ flags.DEFINE_string("checkpoint", "", "Workdir, stage folder or Hugging Face fol
 flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 flags.DEFINE_bool("chat", False, "The prompt is a user's message (ChatML), not text to continue.")
 flags.DEFINE_integer("max_new_tokens", 64, "Tokens to add at most.")
-flags.DEFINE_string("exit", None, "static:2, q:0.8, hidden:0.05 or confidence:0.9; unset: all.")
-flags.DEFINE_string("kv", "full", "KV policy: full.")
+flags.DEFINE_string(
+    "exit", None, "static:2, q:0.8, hidden:0.05, confidence:0.9 or lookahead:0.8; unset: all loops."
+)
+flags.DEFINE_string("kv", "full", "KV policy: full, exited, last, first or mean.")
 flags.DEFINE_integer("loops", None, "Loops to run; unset: as trained.")
 flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token.")
 flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens that reach this probability.")
@@ -46,23 +51,26 @@ def main() -> Mapping[str, Any]:
     from ouro_jax.cli.open_checkpoint import open_checkpoint
     from ouro_jax.data.tokenizer import load_tokenizer
     from ouro_jax.inference.generate import generate
+    from ouro_jax.inference.requests import beyond_training
     from ouro_jax.inference.text import TextStream, coloured, decode_text, encode_prompt, stop_ids
 
     checkpoint = open_checkpoint(path)
     if checkpoint.tokenizer_file is None:
         raise ConfigError(f"--checkpoint={path}: there is no tokenizer.json beside it.")
     tokenizer = load_tokenizer(checkpoint.tokenizer_file)
-    loops = FLAGS.loops or checkpoint.config.num_loops
+    loops = checkpoint.config.num_loops if FLAGS.loops is None else FLAGS.loops
+    if warning := beyond_training(checkpoint.config, loops):
+        print(warning, file=sys.stderr)
     console = Console(highlight=False)
     stream = TextStream(tokenizer)
 
-    def show(step, tokens, depths):
-        if step == 0 and not FLAGS.chat:
-            console.print(Text(prompts[0], style="dim"), end="", soft_wrap=True)
-        piece = stream.push(tokens[0])
-        console.print(coloured(piece, depths[0], loops), end="", soft_wrap=True)
+    def show(_, new):
+        piece = stream.push(new.token)
+        console.print(coloured(piece, new.depth, loops), end="", soft_wrap=True)
 
     single = len(prompts) == 1
+    if single and not FLAGS.chat:
+        console.print(Text(prompts[0], style="dim"), end="", soft_wrap=True)
     result = generate(
         checkpoint.config, checkpoint.params,
         [encode_prompt(tokenizer, prompt, FLAGS.chat) for prompt in prompts],

@@ -158,8 +158,14 @@ def _nothing_said(count: int) -> Said:
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def read_piece(
-    program: Program, params: dict, cache: KVCache, tokens_BC: jax.Array, rows_B: jax.Array,
-    starts_B: jax.Array, last_B: jax.Array, loops: jax.Array,
+    program: Program,
+    params: dict,
+    cache: KVCache,
+    tokens_BC: jax.Array,
+    rows_B: jax.Array,
+    starts_B: jax.Array,
+    last_B: jax.Array,
+    loops: jax.Array,
 ) -> tuple[KVCache, tuple[jax.Array, jax.Array]]:
     """All `loops` loops over a piece of prompts; the cache has a set for every loop.
 
@@ -192,9 +198,17 @@ def read_piece(
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames=("cache", "slots"))
 def take_slot(
-    program: Program, params: dict, cache: KVCache, slots: Slots, filled: KVCache | None,
-    last: tuple[jax.Array, jax.Array], slot: jax.Array, position: jax.Array, left: jax.Array,
-    key: jax.Array, asked: Asked,
+    program: Program,
+    params: dict,
+    cache: KVCache,
+    slots: Slots,
+    filled: KVCache | None,
+    last: tuple[jax.Array, jax.Array],
+    slot: jax.Array,
+    position: jax.Array,
+    left: jax.Array,
+    key: jax.Array,
+    asked: Asked,
 ) -> tuple[KVCache, Slots, Report]:
     """Puts a request whose prompt has been read into a slot, with its first new token.
 
@@ -344,9 +358,7 @@ def _say(logits_BV, asked: Asked, keys_B, index_B, depths_B) -> Said:
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
 
     ids_BA, logprobs_BA = jax.lax.cond(jnp.any(asked.alternatives_B), alternatives, none)
-    return Said(
-        tokens_B, depths_B.astype(jnp.int32), chosen_B - log_total_B, ids_BA, logprobs_BA
-    )
+    return Said(tokens_B, depths_B.astype(jnp.int32), chosen_B - log_total_B, ids_BA, logprobs_BA)
 
 
 def _read_out(program, params, mine: Slots, leaves_B, open_B, live_B) -> Slots:

@@ -42,8 +42,12 @@ def dense_attention(
 
 
 def cached_attention(
-    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array,
-    cache: KVCache, layer: jax.Array, address: Address,
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    cache: KVCache,
+    layer: jax.Array,
+    address: Address,
 ) -> tuple[jax.Array, KVCache]:
     """Writes keys and values, and attends over the cache slots up to each position.
 

@@ -95,7 +95,7 @@ def write(
 def _merged(policy: str, old: jax.Array, new: jax.Array, loop: jax.Array) -> jax.Array:
     if policy == "first":
         return jnp.where(loop == 0, new, old)
-    # What a slot holds before loop 0 is another token's; it must not get into the mean, even as NaN.
+    # A slot holds another token's before loop 0: it must not get into the mean, even as NaN.
     old32 = jnp.where(loop == 0, 0, old.astype(jnp.float32))
     return (old32 + (new.astype(jnp.float32) - old32) / (loop + 1)).astype(new.dtype)
 
@@ -128,7 +128,11 @@ def read(
 
 
 def stand_in(
-    cache: KVCache, rows_B: jax.Array, loop_B: jax.Array, positions_B: jax.Array, leaves_B: jax.Array
+    cache: KVCache,
+    rows_B: jax.Array,
+    loop_B: jax.Array,
+    positions_B: jax.Array,
+    leaves_B: jax.Array,
 ) -> KVCache:
     """Copies what loop `loop_B` wrote at `positions_B` to all deeper loops of rows that leave.
 

@@ -33,7 +33,7 @@ TIMEOUT_SECONDS = 1800
 SOURCES = (
     "model/*.py", "objectives/*.py", "data/batch.py", "parallel/mesh.py", "parallel/attention.py",
     "training/state.py", "training/step.py", "training/guard.py", "training/optimizer.py",
-    "inference/decode.py", "inference/sampling.py", "planning/programs.py",
+    "inference/slots.py", "inference/sampling.py", "planning/programs.py",
 )  # fmt: skip
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax")
 REMATERIALIZED = "Involuntary full rematerialization"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ouro_jax.config import GATE_OBJECTIVES, Config, ModelConfig
+from ouro_jax.inference.slots import PIECES
 from ouro_jax.model.flops import forward_flops_per_token, hardware_flops_per_token, head_flops
 from ouro_jax.parallel.chips import CHIPS, GIB
 from ouro_jax.planning.compile import program_text
@@ -137,12 +138,14 @@ def _hardware_flops(plan: StagePlan, request: Request, text: str) -> int:
 def _describe_answer(request: Request, result: Row) -> Row:
     """All loops run for every token: a step reads the layers' weights once per loop, the head once.
 
-    In `prefill` the cache is written once; in `decode` a token attends to every slot of it.
+    In `prefill` every piece of a prompt reads the weights, and the cache is written once; in
+    `decode` a token attends to every slot of it.
     """
     model, rows, length = request.model, request.rows, request.sequence_length
     embedding = ITEM_BYTES[model.dtype] * model.vocab_size * model.hidden_size
     layers = result["parameter_bytes"] - 2 * embedding
-    read = model.num_loops * layers + embedding + result["cache_bytes"]
+    passes = rows * -(-length // PIECES[0]) if request.program == "prefill" else 1
+    read = passes * model.num_loops * layers + embedding + result["cache_bytes"]
     if request.program == "prefill":
         tokens = rows * length
         flops = tokens * forward_flops_per_token(model, length, 0) + rows * head_flops(model)

@@ -24,8 +24,14 @@ from jax.sharding import Mesh
 from ouro_jax.config import ModelConfig, OptimizerConfig
 from ouro_jax.data.batch import Batch
 from ouro_jax.errors import ConfigError
-from ouro_jax.inference.decode import Program, Rows, cast_params, decode, prefill
-from ouro_jax.inference.sampling import Sampling
+from ouro_jax.inference.slots import (
+    PIECES,
+    Program,
+    cast_params,
+    empty_slots,
+    read_piece,
+    step,
+)
 from ouro_jax.model.cache import empty_cache
 from ouro_jax.parallel.chips import GIB
 from ouro_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, use_mesh
@@ -41,8 +47,9 @@ PROGRAMS = ("train", "prefill", "decode")
 class Request:
     """All that decides a compiled program; equal requests are compiled once.
 
-    `prefill` and `decode` run on one chip, without layout: `rows` prompts of `sequence_length`
-    positions, the cache having as many slots. In training `rows` are microbatches.
+    `prefill` and `decode` run on one chip, without layout, beside a cache of `rows` rows of
+    `sequence_length` slots: a piece of one prompt, and one loop of all rows with its read-out. In
+    training `rows` are microbatches.
     """
 
     program: str
@@ -105,17 +112,16 @@ def _lower_answer(request: Request, device: Any) -> tuple[Any, dict[str, Any]]:
         return cast_params(model, params)
 
     params = abstract(jax.eval_shape(cast, abstract_params(model)))
-    integers = abstract(jnp.zeros(batch, jnp.int32))
-    keys = abstract(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)))
-    sampling = abstract(Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1)))
-    program = Program(model, model.num_loops, None, False, slots)
+    program = Program(model, model.num_loops)
     cache = abstract(jax.eval_shape(lambda: empty_cache(model, batch, slots, model.num_loops)))
     if request.program == "prefill":
-        prompts = abstract(jnp.zeros((batch, slots), jnp.int32))
-        traced = prefill.trace(program, params, prompts, integers, keys, sampling)
+        one = abstract(jnp.zeros(1, jnp.int32))
+        piece = abstract(jnp.zeros((1, min(slots, PIECES[0])), jnp.int32))
+        loops = abstract(jnp.int32(0))
+        traced = read_piece.trace(program, params, cache, piece, one, one, one, loops)
     else:
-        rows = Rows(integers, integers, integers, keys, abstract(jnp.int32(0)))
-        traced = decode.trace(program, params, cache, rows, sampling)
+        taken = abstract(jax.eval_shape(lambda: empty_slots(program, batch, slots - 1)))
+        traced = step.trace(program, params, cache, taken, batch)
     return traced.lower(lowering_platforms=(_platform(mesh),)), {
         "mesh": {},
         "parameter_bytes": _bytes_per_chip(params),

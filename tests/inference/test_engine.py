@@ -238,7 +238,7 @@ def test_nothing_is_compiled_again(engines):
     run(engine, [Request(PROMPTS[index % 4], 5, exit="q:0.6") for index in range(6)])
     with jax.log_compiles(), _no_compilation():
         run(engine, [
-            Request([9] * 33, 4, temperature=0.7, top_k=5, exit="confidence:0.2", stop_ids=frozenset([3])),
+            Request([9] * 33, 4, 0.7, top_k=5, exit="confidence:0.2", stop_ids=frozenset([3])),
             Request([1, 2], 20, exit="hidden:3.0", alternatives=3, readouts=True),
         ])  # fmt: skip
 

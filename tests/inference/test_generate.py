@@ -58,6 +58,19 @@ def confidence_rule(threshold):
     return step
 
 
+def lookahead_rule(q):
+    """Leaves after loop t if, with gate t taken to be as gate t - 1, the sum would reach q."""
+
+    def step(out):
+        halt_T = 1 / (1 + np.exp(-out.gate_logits_TBL[:, 0, -1]))
+        for loop in range(1, len(halt_T) - 1):
+            if 1 - np.prod(1 - halt_T[:loop]) * (1 - halt_T[loop - 1]) >= q:
+                return loop
+        return len(halt_T) - 1
+
+    return step
+
+
 @pytest.mark.parametrize("threshold, published_rounding", [(1.0, False), (1.0, True), (0.5, False)])
 def test_golden_generations(golden_dir, threshold, published_rounding):
     config, params = load_huggingface(golden_dir / "set_a")
@@ -80,6 +93,7 @@ def test_golden_generations(golden_dir, threshold, published_rounding):
         ("q:0.6", q_rule(0.6), None),
         ("hidden:4.5", hidden_rule(4.5), None),
         ("confidence:0.3", confidence_rule(0.3), None),
+        ("lookahead:0.6", lookahead_rule(0.6), None),
     ],
 )
 def test_ragged_decoding_equals_the_full_forward(model, exit, rule, loops):
@@ -131,16 +145,24 @@ def test_stop_ids_end_a_row_and_leave_the_others(model):
 
 def test_streaming_shows_every_token_in_order(model):
     *_, config, params = model
-    steps = []
+    shown = [[], []]
     prompts = [[5], [7, 1, 2]]
     stop = generate(config, params, prompts, 8).tokens[0][2]
     out = generate(
-        config, params, prompts, 8, stop_ids=[stop], on_token=lambda *step: steps.append(step)
-    )
-    assert [step for step, _, _ in steps] == list(range(len(steps)))
-    for row in range(2):
-        assert [t[row] for _, t, _ in steps if t[row] is not None] == out.tokens[row]
-        assert [d[row] for _, _, d in steps if d[row] is not None] == out.depths[row]
+        config, params, prompts, 8, stop_ids=[stop],
+        on_token=lambda row, new: shown[row].append((new.token, new.depth)),
+    )  # fmt: skip
+    expected = zip(out.tokens, out.depths, strict=True)
+    assert shown == [list(zip(*row, strict=True)) for row in expected]
+
+
+def test_more_prompts_than_slots_give_what_each_gives_alone(model, monkeypatch):
+    *_, config, params = model
+    monkeypatch.setattr("ouro_jax.inference.generate.MOST_SLOTS", 2)
+    prompts = [[5], [7, 1, 2], [30, 40, 50], [9] * 20, [61, 2]]
+    out = generate(config, params, prompts, 6, exit="q:0.6", kv="exited", temperature=0.8)
+    monkeypatch.undo()
+    assert out == generate(config, params, prompts, 6, exit="q:0.6", kv="exited", temperature=0.8)
 
 
 def test_a_row_draws_the_same_alone_and_in_a_batch(model):
@@ -182,7 +204,7 @@ def test_bfloat16_parameters_are_cast_once_and_decode(model):
         ([[1]], dict(exit="quiet:0.5"), "unknown exit rule"),
         ([[1]], dict(exit="static:5"), "at most the 4 loops"),
         ([[1]], dict(kv="frist"), "Did you mean 'first'"),
-        ([[1]], dict(kv="last"), "this version"),
+        ([[1]], dict(exit="q:1.5"), "q takes a probability from 0 to 1"),
         ([[1]], dict(published_rounding=True), "published_rounding"),
     ],
 )

@@ -7,19 +7,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouro_jax.inference.sampling import Sampling, limit, row_keys, sample
+from ouro_jax.inference.sampling import Sampling, limit, row_key, sample
 
 LOGITS_V = np.array([1.0, -0.5, 2.0, 0.3, -3.0, 1.7], np.float32)
 
 
-def settings_of(temperature=1.0, top_k=0, top_p=1.0):
-    return Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+def settings_of(temperature=1.0, top_k=0, top_p=1.0, rows=2):
+    return Sampling(
+        jnp.full(rows, temperature, jnp.float32), jnp.full(rows, top_k, jnp.int32),
+        jnp.full(rows, top_p, jnp.float32),
+    )  # fmt: skip
 
 
-def draws(sampling, rows=200, steps=100):
+def keys(seed, rows):
+    return jax.vmap(row_key, (None, 0))(seed, jnp.arange(rows))
+
+
+def draws(rows=200, steps=100, **sampling):
     """Tokens of many rows and steps over the same logits."""
     logits_BV = jnp.broadcast_to(LOGITS_V, (rows, len(LOGITS_V)))
-    draw = jax.jit(lambda step: sample(logits_BV, sampling, row_keys(7, rows), step))
+    asked, keys_B = settings_of(**sampling, rows=rows), keys(7, rows)
+    draw = jax.jit(lambda step: sample(logits_BV, asked, keys_B, jnp.full(rows, step)))
     return np.stack([draw(step) for step in range(steps)])
 
 
@@ -52,7 +60,7 @@ def test_frequencies(sampling):
     kept = kept_by_hand(scaled_V, sampling.get("top_k", 0), sampling.get("top_p", 1.0))
     p_V = np.array([np.exp(scaled_V[v]) if v in kept else 0.0 for v in range(len(LOGITS_V))])
     p_V /= p_V.sum()
-    tokens = draws(settings_of(**sampling))
+    tokens = draws(**sampling)
     counts_V = np.bincount(tokens.ravel(), minlength=len(LOGITS_V))
     assert set(np.flatnonzero(counts_V)) == kept
     expected_V = p_V[p_V > 0] * tokens.size
@@ -63,11 +71,11 @@ def test_frequencies(sampling):
 
 def test_temperature_zero_is_the_first_most_probable_token():
     logits_BV = jnp.array([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
-    assert sample(logits_BV, settings_of(0.0), row_keys(0, 2), 0).tolist() == [1, 0]
+    assert sample(logits_BV, settings_of(0.0), keys(0, 2), jnp.zeros(2, int)).tolist() == [1, 0]
 
 
 def test_rows_and_steps_draw_independently():
-    tokens = draws(settings_of(), rows=60, steps=60)
+    tokens = draws(rows=60, steps=60)
     assert len({tuple(row) for row in tokens}) == len({tuple(row) for row in tokens.T}) == 60
 
 
@@ -93,5 +101,20 @@ def test_limit_keeps_what_was_asked_for(seed, top_k, top_p):
 
 
 def test_ties_with_the_last_token_kept_are_kept():
-    out_BV = limit(jnp.array([[1.0, 1.0, 0.0]]), settings_of(1.0, 1))
+    out_BV = limit(jnp.array([[1.0, 1.0, 0.0]]), settings_of(1.0, 1, rows=1))
     assert np.isfinite(np.asarray(out_BV)).tolist() == [[True, True, False]]
+
+
+def test_every_row_has_its_own_settings():
+    """Greedy, free and limited rows in one batch draw what each draws alone."""
+    rows = [(0.0, 0, 1.0), (1.0, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.5), (0.7, 4, 0.9)]
+    logits_BV = jnp.broadcast_to(LOGITS_V, (len(rows), len(LOGITS_V)))
+    together = Sampling(*(jnp.array(column) for column in zip(*rows, strict=True)))
+    keys_B = keys(3, len(rows))
+    for index in range(40):
+        at_B = jnp.full(len(rows), index)
+        drawn = sample(logits_BV, together, keys_B, at_B).tolist()
+        for row, asked in enumerate(rows):
+            mine = slice(row, row + 1)
+            alone = sample(logits_BV[mine], settings_of(*asked, rows=1), keys_B[mine], at_B[mine])
+            assert alone.tolist() == [drawn[row]]

@@ -19,6 +19,7 @@ from ouro_jax.model.exit import (
     exit_distribution,
     hidden_difference_exit,
     log_exit_distribution,
+    lookahead_exit,
     parse_exit_rule,
     q_exit,
     select_exit,
@@ -219,3 +220,31 @@ def test_wrong_exit_rules_say_what_is_valid(text, expected):
     with pytest.raises(ConfigError, match="--exit") as error:
         parse_exit_rule(text)
     assert repr(text) in str(error.value) and expected in str(error.value)
+
+
+@settings(max_examples=50, deadline=None)
+@given(GATES_TBL, st.floats(0.01, 0.99))
+def test_lookahead_foretells_a_gate_from_the_one_before(gate_logits_TBL, q):
+    halt_TBL = 1 / (1 + np.exp(-gate_logits_TBL.astype(np.float64)))
+    loops = len(halt_TBL)
+    expected_BL = np.full(halt_TBL.shape[1:], loops - 1)
+    margin_BL = np.full(halt_TBL.shape[1:], np.inf)
+    for loop in reversed(range(1, loops)):
+        before_BL = np.prod(1 - halt_TBL[:loop], axis=0)
+        foretold_BL = 1 - before_BL * (1 - halt_TBL[loop - 1])
+        expected_BL = np.where(foretold_BL >= q, loop, expected_BL)
+        margin_BL = np.minimum(margin_BL, abs(foretold_BL - q))
+    step_BL = np.asarray(lookahead_exit(jnp.array(gate_logits_TBL), q))
+    sure_BL = margin_BL > 1e-5
+    np.testing.assert_array_equal(step_BL[sure_BL], expected_BL[sure_BL])
+
+
+def test_lookahead_knows_before_a_loop_whether_it_is_the_last():
+    """The gate of a loop has no say in whether the token leaves after it; q = 1 never leaves."""
+    gate_logits_TBL = gates(4)
+    step_BL = np.asarray(lookahead_exit(jnp.array(gate_logits_TBL), 0.7))
+    assert set(np.unique(step_BL)) == {1, 2, 3}
+    changed_TBL = gate_logits_TBL.copy()
+    np.put_along_axis(changed_TBL, step_BL[None], 9.0, axis=0)
+    np.testing.assert_array_equal(lookahead_exit(jnp.array(changed_TBL), 0.7), step_BL)
+    assert (np.asarray(lookahead_exit(jnp.array(gate_logits_TBL + 50), 1.0)) == 3).all()
