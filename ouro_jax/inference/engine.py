@@ -203,9 +203,8 @@ class Engine:
         tokens, loops = self._kept[slot]
         if loops < answer.loops:
             return 0
-        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1],
-                                    zip(tokens, answer.request.prompt[:-1], strict=False))  # fmt: skip
-        shared = sum(1 for _ in pairs)
+        pairs = zip(tokens, answer.request.prompt[:-1], strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         return shared if shared >= REUSED_AT_LEAST else 0
 
     def _join(self, answer: _Answer, seen: tuple[jax.Array, jax.Array]) -> None:

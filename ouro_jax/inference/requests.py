@@ -111,7 +111,7 @@ def check_request(
 def check_prompt(
     config: ModelConfig, prompt: Sequence[int], max_new_tokens: int, window: int, name: str
 ) -> None:
-    """Raises ConfigError, calling the prompt `name`, if it cannot be continued by so many tokens."""
+    """Raises ConfigError, calling the prompt `name`, if it cannot be continued so far."""
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
     if len(prompt) == 0:
         raise ConfigError(f"{name} is empty: expected at least one token.")
