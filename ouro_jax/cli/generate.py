@@ -65,12 +65,12 @@ def main() -> Mapping[str, Any]:
     stream = TextStream(tokenizer)
 
     def show(_, new):
+        if not stream.begun and not FLAGS.chat:
+            console.print(Text(prompts[0], style="dim"), end="", soft_wrap=True)
         piece = stream.push(new.token)
         console.print(coloured(piece, new.depth, loops), end="", soft_wrap=True)
 
     single = len(prompts) == 1
-    if single and not FLAGS.chat:
-        console.print(Text(prompts[0], style="dim"), end="", soft_wrap=True)
     result = generate(
         checkpoint.config, checkpoint.params,
         [encode_prompt(tokenizer, prompt, FLAGS.chat) for prompt in prompts],

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ouro_jax.config import ModelConfig
@@ -312,14 +313,14 @@ def _powers_of_two(most: int) -> list[int]:
 def _asked(answer: _Answer) -> Asked:
     request, rule = answer.request, answer.rule
     sampling = Sampling(
-        np.array([request.temperature], np.float32), _one(request.top_k),
-        np.array([request.top_p], np.float32),
+        jnp.float32([request.temperature]), jnp.int32([request.top_k]),
+        jnp.float32([request.top_p]),
     )  # fmt: skip
     code = NO_RULE if rule is None else RULE_CODES[rule.kind]
-    value = np.array([0.0 if rule is None else rule.value], np.float32)
+    value = jnp.float32([0.0 if rule is None else rule.value])
     return Asked(
-        sampling, _one(code), value, _one(answer.loops), np.array([request.alternatives > 0]),
-        np.array([request.readouts]),
+        sampling, jnp.int32([code]), value, jnp.int32([answer.loops]),
+        jnp.array([request.alternatives > 0]), jnp.array([request.readouts]),
     )  # fmt: skip
 
 

@@ -45,8 +45,7 @@ class Program:
     published_rounding: bool = False
 
 
-@struct.dataclass
-class Asked:
+class Asked(struct.PyTreeNode):
     """What the requests in the slots ask for, a number each."""
 
     sampling: Sampling
@@ -57,8 +56,7 @@ class Asked:
     readouts_B: jax.Array
 
 
-@struct.dataclass
-class Said:
+class Said(struct.PyTreeNode):
     """What a token is known to be once its exit loop has been read out; depth 0: not yet."""
 
     tokens_B: jax.Array
@@ -68,8 +66,7 @@ class Said:
     alternative_logprobs_BA: jax.Array
 
 
-@struct.dataclass
-class Slots:
+class Slots(struct.PyTreeNode):
     """Where every slot stands: the state and loop of its token, what it has shown, what is left."""
 
     x_BD: jax.Array
@@ -97,8 +94,7 @@ class Slots:
         )  # fmt: skip
 
 
-@struct.dataclass
-class Report:
+class Report(struct.PyTreeNode):
     """What a step tells the host: which slots ended their token, and what it is."""
 
     finished_B: jax.Array

@@ -31,6 +31,11 @@ class TextStream:
         self._ids: list[int] = []
         self._shown = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether a token has come in."""
+        return bool(self._ids)
+
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
         self._ids.append(token)

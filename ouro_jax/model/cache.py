@@ -19,6 +19,10 @@ KV_POLICIES = {
     "mean": "one set: the mean over the loops that ran",
 }
 PER_LOOP = ("full", "exited")
+# What is cut out of the cache and written into it has its layout pinned: XLA for TPU otherwise gives
+# the cache the layout that a product or a write likes, and copies all of it there and back for every
+# token (v5e: 3 GiB of temporaries for a 3 GiB cache).
+CACHE_LAYOUT = Layout(tuple(range(6)))
 
 
 class KVCache(struct.PyTreeNode):
@@ -86,8 +90,9 @@ def write(
             bits = jax.lax.dynamic_slice(cache, start, (1, 1, 1, *new_GLK.shape))[0, 0, 0]
             old_GLK = jax.lax.bitcast_convert_type(bits, new_GLK.dtype)
             new_GLK = _merged(policy, old_GLK, new_GLK, loop)
-        update_GLK = jax.lax.bitcast_convert_type(new_GLK, cache.dtype)
-        return jax.lax.dynamic_update_slice(cache, update_GLK[None, None, None], start)
+        update = jax.lax.bitcast_convert_type(new_GLK, cache.dtype)[None, None, None]
+        update = with_layout_constraint(update, CACHE_LAYOUT)
+        return jax.lax.dynamic_update_slice(cache, update, start)
 
     return jax.lax.fori_loop(0, new_BLGK.shape[0], write_row, cache_CNRGSK)
 
@@ -108,22 +113,17 @@ def read(
     seen: int,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """The first `seen` slots that the loop of each batch row reads: BGSK in `dtype`.
-
-    What is read has its layout pinned: XLA for TPU otherwise carries the layout that the attention
-    products like back to the cache, and copies all of it there and back for every token (v5e:
-    3 GiB of temporaries for a 3 GiB cache).
-    """
+    """The first `seen` slots that the loop of each batch row reads: BGSK in `dtype`."""
     groups, _, width = cache_CNRGSK.shape[3:]
 
-    def read_row(loop, row):
-        set_index = loop if policy in PER_LOOP else 0
-        sizes = (1, 1, 1, groups, seen, width)
-        return jax.lax.dynamic_slice(cache_CNRGSK, (set_index, layer, row, 0, 0, 0), sizes)
+    def read_row(index):
+        set_index = address.loop_B[index] if policy in PER_LOOP else 0
+        start = (set_index, layer, address.rows_B[index], 0, 0, 0)
+        row = jax.lax.dynamic_slice(cache_CNRGSK, start, (1, 1, 1, groups, seen, width))
+        return with_layout_constraint(row, CACHE_LAYOUT)[0, 0, 0]
 
-    read_B111GSK = jax.vmap(read_row)(address.loop_B, address.rows_B)
-    read_BGSK = read_B111GSK[:, 0, 0, 0]
-    read_BGSK = with_layout_constraint(read_BGSK, Layout((0, 1, 2, 3)))
+    # Row by row and no gather, for whose sake XLA for TPU copies the cache with S outermost.
+    read_BGSK = jax.lax.map(read_row, jnp.arange(len(address.rows_B)))
     return jax.lax.bitcast_convert_type(read_BGSK, dtype)
 
 
@@ -147,6 +147,7 @@ def stand_in(
             loop, row, position = loop_B[index], rows_B[index], positions_B[index]
             sizes = (1, layers, 1, groups, 1, width)
             exited = jax.lax.dynamic_slice(array, (loop, 0, row, 0, position, 0), sizes)
+            exited = with_layout_constraint(exited, CACHE_LAYOUT)
 
             def fill_loop(deeper, array):
                 start = (deeper, 0, row, 0, position, 0)

@@ -66,7 +66,7 @@ def unrolled_loss(params, tokens_BL, targets_BL):
         for index in range(MODEL.num_layers):
             weights = {"params": jax.tree.map(lambda leaf, n=index: leaf[n], stack["layers"])}
             (x_BLD, _), _ = layer.apply(
-                weights, (x_BLD, None), index, rotary, None, 0, positions_BL
+                weights, (x_BLD, None), index, rotary, None, None
             )  # fmt: skip
         x_BLD = norm.apply({"params": stack["norm"]}, x_BLD)
         log_BLV = jax.nn.log_softmax(x_BLD @ params["lm_head"]["kernel"])
