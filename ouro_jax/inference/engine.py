@@ -263,7 +263,8 @@ class Engine:
         readouts: tuple[LoopReadout, ...] = ()
         if request.readouts:
             ran = answer.loops if is_first or self.kv == "full" else depth
-            p_T = _exit_probabilities(report.gates_TB[:ran, index], answer.loops)
+            gates_T = np.asarray(report.gates_TB[:ran, index], np.float64)
+            p_T = _exit_probabilities(gates_T, answer.loops)
             readouts = tuple(
                 LoopReadout(int(token), float(probability), float(p))
                 for token, probability, p in zip(
@@ -326,7 +327,7 @@ def _asked(answer: _Answer) -> Asked:
 
 def _exit_probabilities(gates_T: np.ndarray, loops: int) -> np.ndarray:
     """p_t of the loops that ran, in float64; the last of all `loops` takes what remains."""
-    halt_T = 1 / (1 + np.exp(-np.asarray(gates_T, np.float64)))
+    halt_T = 1 / (1 + np.exp(-gates_T))
     if len(halt_T) == loops:
         halt_T[-1] = 1.0
     before_T = np.concatenate([[1.0], np.cumprod(1 - halt_T)[:-1]])

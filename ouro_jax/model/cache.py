@@ -19,9 +19,9 @@ KV_POLICIES = {
     "mean": "one set: the mean over the loops that ran",
 }
 PER_LOOP = ("full", "exited")
-# What is cut out of the cache and written into it has its layout pinned: XLA for TPU otherwise gives
-# the cache the layout that a product or a write likes, and copies all of it there and back for every
-# token (v5e: 3 GiB of temporaries for a 3 GiB cache).
+# What is cut out of the cache and written into it has its layout pinned: XLA for TPU otherwise
+# gives the cache the layout that a product or a write likes, and copies all of it there and back
+# for every token (v5e: 3 GiB of temporaries for a 3 GiB cache).
 CACHE_LAYOUT = Layout(tuple(range(6)))
 
 
