@@ -39,6 +39,7 @@ EXTRAS = {
         "apache-beam>=2.77",  # `ouro data prepare` on more than one machine
     ],
     "clean": ["datasketch>=2"],  # MinHash: near duplicates in a corpus
+    "quantize": ["qwix>=0.1.8"],  # int8 weights: scales and rounding of an array
     "serve": ["uvicorn>=0.30", "starlette>=0.40"],  # HTTP
     "dev": [
         "pytest>=8",  # the tests

@@ -22,6 +22,7 @@ from ouro_jax.inference.requests import MOST_ALTERNATIVES
 from ouro_jax.inference.sampling import Sampling, sample
 from ouro_jax.model.cache import KVCache, condense, stand_in
 from ouro_jax.model.exit import EXIT_RULES, lookahead_exit, q_exit, state_change, top_probability
+from ouro_jax.model.int8 import SCALE
 from ouro_jax.model.loop_lm import LoopLM
 
 # A prompt goes through the model in pieces of these sizes: the scores of one are C × slots per
@@ -112,12 +113,14 @@ def _slot_axes(slots: Slots) -> Slots:
 def cast_params(config: ModelConfig, params: dict) -> dict:
     """The parameters in the compute dtype, so that no step casts them again.
 
-    The gate's bias stays: it is added in float32. Arrays that have the dtype are not copied.
+    The gate's bias stays: it is added in float32. So do int8 weights and their scales, with which
+    a float32 sum is multiplied. Arrays that have the dtype are not copied.
     """
     dtype = jnp.dtype(config.dtype)
 
     def cast(path, x):
-        return x if path[-1].key == "bias" or x.dtype == dtype else x.astype(dtype)
+        stays = path[-1].key in ("bias", SCALE) or x.dtype in (dtype, jnp.int8)
+        return x if stays else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -3,12 +3,15 @@
 Only `config.json` and the weights are read; nothing of torch or transformers is needed. Tensors
 pass one at a time, so a model is never held twice. D model width, H heads, G KV heads, K head
 width, F MLP width, V vocabulary.
+
+A quantised checkpoint has int8 matrices, `….weight`, each with a float32 `….weight_scale` [out, 1]
+beside it that it is to be multiplied with, and says so in `config.json` (`quantization_config`).
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,11 @@ import numpy as np
 
 from ouro_jax.config import ModelConfig
 from ouro_jax.errors import ConfigError
-from ouro_jax.interop.huggingface_config import config_from_json, config_to_json
+from ouro_jax.interop.huggingface_config import (
+    QUANTIZATION_KEY,
+    config_from_json,
+    config_to_json,
+)
 from ouro_jax.interop.safetensors_file import (
     DTYPES,
     StoredTensor,
@@ -27,6 +34,7 @@ from ouro_jax.interop.safetensors_file import (
     replacing,
     write_safetensors,
 )
+from ouro_jax.model.int8 import LAYER_MATRICES, SCALE, is_quantised
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -40,7 +48,8 @@ class _Leaf:
     """One leaf of the parameter tree and the tensors it holds.
 
     `name` has a `{}` for the layer in stacked leaves; `stored` is torch's shape of one tensor
-    ([out, in] for matrices), `shape` ours of the same ([in, out], heads split).
+    ([out, in] for matrices), `shape` ours of the same ([in, out], heads split). `dtypes` are the
+    file's names of those it may have.
     """
 
     path: tuple[str, ...]
@@ -48,6 +57,7 @@ class _Leaf:
     stored: tuple[int, ...]
     shape: tuple[int, ...]
     layers: int
+    dtypes: tuple[str, ...] = ("F32", "BF16")
 
     @property
     def stacked(self) -> bool:
@@ -73,7 +83,8 @@ def load_huggingface(
 
     Reads `config.json` and `model.safetensors`, or the files that `model.safetensors.index.json`
     names, and nothing else. The arrays are plain (not boxed), on the default device, and keep the
-    dtypes of the file. `place(path, array)` puts a leaf elsewhere, for instance onto a mesh.
+    dtypes of the file; those of a quantised checkpoint are as `inference.quantize` makes them.
+    `place(path, array)` puts a leaf elsewhere, for instance onto a mesh.
     Fields of `config.json` that change nothing are kept for writing back.
 
     Raises ConfigError for a missing or damaged file, for missing, surplus or wrongly shaped
@@ -85,7 +96,7 @@ def load_huggingface(
     embedding = tensors.get("model.embed_tokens.weight")
     dtype = DTYPES[embedding.dtype].name if embedding else None
     config = config_from_json(fields, dtype, str(directory / CONFIG_FILE))
-    leaves = _leaves(config)
+    leaves = _leaves(config, quantised=fields.get(QUANTIZATION_KEY) is not None)
     _require_fit(directory, leaves, tensors)
     params: Params = {}
     # The largest first: its host copy, which jax drops late, then adds to little else.
@@ -105,16 +116,18 @@ def save_huggingface(config: ModelConfig, tree: Mapping[str, Any], directory: st
     """Writes `config.json` and one `model.safetensors` into the existing folder `directory`.
 
     `tree` has the structure of the parameters (gradients have it too) and keeps its dtypes,
-    float32 or bfloat16. A loaded checkpoint is written back bit for bit, its `config.json` with
-    the same fields. The released modelling code and its two `.py` files are the reader's to add;
-    vLLM has its own, which computes head_dim as hidden_size / heads whatever the config says.
+    float32 or bfloat16; a quantised one makes a quantised checkpoint. A loaded checkpoint is
+    written back bit for bit, its `config.json` with the same fields. The released modelling code
+    and its two `.py` files are the reader's to add; vLLM has its own, which computes head_dim as
+    hidden_size / heads whatever the config says.
 
     Raises ConfigError if the folder is missing or the tree does not fit `config`.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such folder. Make it first; the model goes inside.")
-    leaves = _leaves(config)
+    quantised = is_quantised(tree)
+    leaves = _leaves(config, quantised)
     arrays = _require_tree(leaves, tree)
     specs = [
         TensorSpec(name, np.dtype(arrays[leaf.path].dtype), leaf.stored)
@@ -131,16 +144,37 @@ def save_huggingface(config: ModelConfig, tree: Mapping[str, Any], directory: st
         # One layer leaves the device at a time; the whole array would stay cached on the host.
         piece = np.asarray(array[layer] if leaf.stacked else array)
         if leaf.transposed:
-            piece = piece.reshape(leaf.stored[::-1]).T
-        return piece
+            return piece.reshape(leaf.stored[::-1]).T
+        return piece.reshape(leaf.stored)
 
     write_safetensors(directory / WEIGHTS_FILE, specs, tensor)
     with replacing(directory / CONFIG_FILE) as part:
-        part.write_text(json.dumps(config_to_json(config), indent=2) + "\n")
+        part.write_text(json.dumps(config_to_json(config, quantised), indent=2) + "\n")
 
 
-def _leaves(config: ModelConfig) -> list[_Leaf]:
-    """The parameter tree beside the released tensors (11 a layer and 5 others)."""
+def _leaves(config: ModelConfig, quantised: bool) -> list[_Leaf]:
+    """The parameter tree beside the tensors: 11 a layer and 5 others, and the scales if int8."""
+    if not quantised:
+        return _float_leaves(config)
+    inputs: dict[tuple[str, ...], int] = {("lm_head",): 1}
+    inputs |= {("stack", "layers", *module): axes for module, axes in LAYER_MATRICES.items()}
+    leaves = []
+    for leaf in _float_leaves(config):
+        module = leaf.path[:-1]
+        leaves += _pair(leaf, inputs[module]) if module in inputs else [leaf]
+    return leaves
+
+
+def _pair(leaf: _Leaf, inputs: int) -> list[_Leaf]:
+    """An int8 kernel, whose first `inputs` axes a product sums over, and its scale."""
+    scale = _Leaf(
+        (*leaf.path[:-1], SCALE), f"{leaf.name}_scale", (leaf.stored[0], 1), leaf.shape[inputs:],
+        leaf.layers, ("F32",),
+    )  # fmt: skip
+    return [replace(leaf, dtypes=("I8",)), scale]
+
+
+def _float_leaves(config: ModelConfig) -> list[_Leaf]:
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     H, G, K = config.num_heads, config.num_kv_heads, config.head_dim
     matrices = [
@@ -243,6 +277,8 @@ def _require_fit(directory: Path, leaves: list[_Leaf], tensors: Mapping[str, Sto
             problems.append(
                 f"{name} has shape {list(tensors[name].shape)}, expected {list(leaf.stored)}"
             )
+        if name in tensors and tensors[name].dtype not in leaf.dtypes:
+            problems.append(f"{name} is {tensors[name].dtype}, expected {' or '.join(leaf.dtypes)}")
     for leaf in leaves:
         dtypes = sorted({tensors[name].dtype for name in leaf.names if name in tensors})
         if len(dtypes) > 1:
@@ -259,17 +295,18 @@ def _require_tree(leaves: list[_Leaf], tree: Mapping[str, Any]) -> dict[tuple[st
         tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/")): array
         for path, array in jax.tree_util.tree_leaves_with_path(tree)
     }
-    expected = {leaf.path: leaf.full_shape for leaf in leaves}
+    expected = {leaf.path: leaf for leaf in leaves}
     problems = [f"missing {'/'.join(path)}" for path in expected if path not in arrays]
     problems += [f"surplus {'/'.join(path)}" for path in arrays if path not in expected]
-    for path, shape in expected.items():
+    for path, leaf in expected.items():
         if path not in arrays:
             continue
-        array = arrays[path]
+        array, shape = arrays[path], leaf.full_shape
         if array.shape != shape:
             problems.append(f"{'/'.join(path)} has shape {array.shape}, expected {shape}")
-        if np.dtype(array.dtype) not in DTYPES.values():
-            problems.append(f"{'/'.join(path)} is {array.dtype}, expected float32 or bfloat16")
+        dtypes = [DTYPES[name].name for name in leaf.dtypes]
+        if array.dtype.name not in dtypes:
+            problems.append(f"{'/'.join(path)} is {array.dtype}, expected {' or '.join(dtypes)}")
     if problems:
         raise ConfigError("The tree does not fit the model config:\n  " + "\n  ".join(problems))
     return arrays

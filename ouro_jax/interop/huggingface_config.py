@@ -36,6 +36,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
     "use_sliding_window": (False, None),
 }
+QUANTIZATION_KEY = "quantization_config"
+# What the int8 checkpoints of `ouro_jax.inference.quantize` say of themselves.
+QUANTIZATION = {"quant_method": "int8", "bits": 8, "symmetric": True, "per_channel": True}
 _DEFAULT_ROPE = ("default", None)
 _DEFAULTS: dict[str, Any] = {
     "architectures": ["OuroForCausalLM"],
@@ -77,12 +80,13 @@ def config_from_json(
         raise ConfigError(f"{source}: {error}") from error
 
 
-def config_to_json(config: ModelConfig) -> dict[str, Any]:
+def config_to_json(config: ModelConfig, quantised: bool = False) -> dict[str, Any]:
     """The fields of a `config.json` that the released code and vLLM accept.
 
     A config that was loaded gives back its own fields; only what has changed since (loops,
     layers, RoPE base, dtype) is written anew. `torch_dtype` is the compute dtype, so a model
-    computes the same when it is loaded again, whatever dtype its tensors have.
+    computes the same when it is loaded again, whatever dtype its tensors have. `quantised` says
+    whether the matrices beside it are int8.
     """
     loaded = bool(config.carried)
     fields = dict(config.carried) if loaded else dict(_DEFAULTS)
@@ -101,6 +105,10 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
             fields[key] = value
     if (_dtype(fields) or (loaded and config.dtype)) != config.dtype:
         fields["dtype" if "dtype" in fields else "torch_dtype"] = config.dtype
+    if quantised:
+        fields[QUANTIZATION_KEY] = dict(QUANTIZATION)
+    elif fields.get(QUANTIZATION_KEY) is not None:
+        del fields[QUANTIZATION_KEY]
     return fields
 
 
@@ -136,6 +144,10 @@ def _require_implemented(fields: Mapping[str, Any]) -> None:
             fields.get(key, supported[0]) in supported, fields, key,
             f"{supported[0]!r}, the only value implemented",
         )  # fmt: skip
+    _require(
+        fields.get(QUANTIZATION_KEY) in (None, QUANTIZATION), fields, QUANTIZATION_KEY,
+        f"null or {QUANTIZATION}, the only quantisation implemented",
+    )  # fmt: skip
     for key in ("rope_scaling", "rope_parameters"):
         value = fields.get(key)
         rope = value if isinstance(value, Mapping) else {}

@@ -19,7 +19,11 @@ import numpy as np
 
 from ouro_jax.errors import ConfigError
 
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I8": np.dtype(np.int8),
+}
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -59,7 +63,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name; their data is not read.
 
     Raises ConfigError, naming the file, if it is missing, cut off, or not a safetensors file, or
-    holds a dtype other than float32 and bfloat16.
+    holds a dtype other than float32, bfloat16 and int8.
     """
     try:
         entries, start, size = _read_entries(path)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from ouro_jax.config import ModelConfig
 from ouro_jax.model.attention import Attention, cached_attention, matmul_precision
+from ouro_jax.model.int8 import scale_of
 
 constrain = nn.with_logical_constraint
 
@@ -80,7 +81,11 @@ project.defvjp(_project_forward, _project_backward)
 
 
 class Projection(nn.Module):
-    """A bias-free linear map by einsum; its kernel has the shape and axis names given."""
+    """A bias-free linear map by einsum; its kernel has the shape and axis names given.
+
+    An int8 kernel is multiplied in x's dtype, which holds its numbers exactly, summed in float32
+    and scaled once per output channel (`ouro_jax.model.int8`).
+    """
 
     equation: str
     shape: tuple[int, ...]
@@ -91,6 +96,10 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.stddev)
         kernel = parameter(self, "kernel", init, self.axes, self.shape)
+        scale = scale_of(self, kernel)
+        if scale is not None:
+            out = _product(self.equation, x, kernel.astype(x.dtype), jnp.float32)
+            return (out * scale).astype(x.dtype)
         return project(self.equation, x, kernel.astype(x.dtype), x.dtype)
 
 

@@ -13,6 +13,7 @@ from flax import struct
 from ouro_jax.config import ModelConfig
 from ouro_jax.model.attention import Attention, dense_attention, matmul_precision
 from ouro_jax.model.cache import Address, KVCache
+from ouro_jax.model.int8 import scale_of
 from ouro_jax.model.layers import Layer, RMSNorm, constrain, parameter, rotary_angles
 
 
@@ -87,7 +88,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The untied LM head; logits are float32."""
+    """The untied LM head; logits are float32. Its kernel may be int8 (`ouro_jax.model.int8`)."""
 
     config: ModelConfig
 
@@ -97,10 +98,12 @@ class Head(nn.Module):
         init = nn.initializers.normal(config.initializer_range)
         shape = (config.hidden_size, config.vocab_size)
         kernel_DV = parameter(self, "kernel", init, ("embed", "vocab"), shape)
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...D,DV->...V", states, kernel_DV.astype(states.dtype),
             precision=matmul_precision(states.dtype), preferred_element_type=jnp.float32,
         )  # fmt: skip
+        scale_V = scale_of(self, kernel_DV)
+        return logits if scale_V is None else logits * scale_V
 
 
 class LoopLM(nn.Module):

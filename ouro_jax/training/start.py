@@ -22,7 +22,7 @@ from ouro_jax.config import GATE_OBJECTIVES, Config, ModelConfig, check_transiti
 from ouro_jax.data.interleave import Interleave
 from ouro_jax.errors import ConfigError, RunError
 from ouro_jax.interop.huggingface import load_huggingface, read_json
-from ouro_jax.interop.huggingface_config import config_from_json
+from ouro_jax.interop.huggingface_config import QUANTIZATION_KEY, config_from_json
 from ouro_jax.parallel.hosts import barrier, from_all, from_first
 from ouro_jax.training.checkpoint_files import SUMS, all_steps, problems_of, set_aside, steps_of
 from ouro_jax.training.checkpoints import (
@@ -229,7 +229,14 @@ def _from_huggingface(
 
 def _huggingface_config(folder: str | epath.PathLike) -> ModelConfig:
     file = Path(folder) / "config.json"
-    return config_from_json(read_json(file), None, str(file))
+    fields = read_json(file)
+    if fields.get(QUANTIZATION_KEY) is not None:
+        raise ConfigError(
+            f"init_from = {str(folder)!r}: {QUANTIZATION_KEY} = {fields[QUANTIZATION_KEY]!r}: "
+            "expected float weights: training cannot start from quantised ones. Name the "
+            "checkpoint that they were made from."
+        )
+    return config_from_json(fields, None, str(file))
 
 
 def _without_optimizer(params: Any, factory: StateFactory, seed: int) -> TrainState:
