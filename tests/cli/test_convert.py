@@ -10,6 +10,8 @@ import numpy as np
 import reference
 from safetensors.numpy import load_file
 
+from ouro_jax.data.tokenizer import train_tokenizer
+
 
 def ouro_convert(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "ouro_jax.cli.convert", *arguments]
@@ -64,6 +66,56 @@ def test_wrong_use_leaves_with_2_and_says_why(tmp_path):
         ([f"--from={tmp_path}/empty", f"--to={tmp_path}/new"], "no checkpoint here"),
     ):
         result = ouro_convert(*arguments)
+        assert (result.returncode, result.stdout) == (2, ""), result.stderr
+        assert error in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_int8_by_a_text_is_smaller_and_answers(tmp_path):
+    fields, tensors = reference.random_checkpoint(np.random.default_rng(0), vocab=270)
+    source = reference.write_checkpoint(tmp_path / "float", fields, tensors)
+    text = "the cat sat on the mat\n" * 100
+    train_tokenizer([text], 270).save(str(source / "tokenizer.json"))
+    (tmp_path / "sample.txt").write_text(text)
+    target = tmp_path / "int8"
+    flags = ("--quantize=int8", f"--calibrate={tmp_path}/sample.txt", "--json")
+    result = ouro_convert(f"--from={source}", f"--to={target}", *flags)
+    assert result.returncode == 0, result.stderr
+    made = json.loads(result.stdout.splitlines()[-1])
+    assert (made["format"], made["quantize"]) == ("Hugging Face", "int8")
+    written = load_file(target / "model.safetensors")
+    assert written["lm_head.weight"].dtype == np.int8
+    for name, tensor in tensors.items():
+        if f"{name}_scale" in written:
+            error = np.abs(written[name] * written[f"{name}_scale"] - tensor)
+            assert error.max() < 5 * written[f"{name}_scale"].max(), name
+    # By the text, and not to nearest.
+    scale = written["lm_head.weight_scale"]
+    assert (written["lm_head.weight"] != np.round(tensors["lm_head.weight"] / scale)).any()
+
+    command = [sys.executable, "-m", "ouro_jax.cli.generate", f"--checkpoint={target}"]
+    command += ["--prompt=the cat", "--max_new_tokens=4", "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert len(json.loads(answer.stdout.splitlines()[-1])["tokens"]) == 4
+
+    again = ouro_convert(f"--from={target}", f"--to={tmp_path}/stage")
+    assert again.returncode == 2 and "int8 already" in again.stderr
+    assert not (tmp_path / "stage").exists()
+
+
+def test_wrong_flags_of_quantisation_are_named(tmp_path, golden_dir):
+    places = (f"--from={golden_dir}/set_a", f"--to={tmp_path}/new")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "fine.txt").write_text("text")
+    for flags, error in (
+        (["--quantize=int4"], "--quantize = 'int4': expected one of int8"),
+        ([f"--calibrate={tmp_path}/fine.txt"], "expected --quantize=int8 with it"),
+        (["--quantize=int8", f"--calibrate={tmp_path}/gone.txt"], "gone.txt': cannot be read: No"),
+        (["--quantize=int8", f"--calibrate={tmp_path}/bytes.txt"], "bytes.txt': expected UTF-8"),
+        (["--quantize=int8", f"--calibrate={tmp_path}/fine.txt"], "no tokenizer.json beside"),
+    ):
+        result = ouro_convert(*places, *flags)
         assert (result.returncode, result.stdout) == (2, ""), result.stderr
         assert error in result.stderr
     assert not (tmp_path / "new").exists()

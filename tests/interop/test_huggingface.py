@@ -371,6 +371,67 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
 
 
+INT8 = {"quant_method": "int8", "bits": 8, "symmetric": True, "per_channel": True}
+
+
+def quantised(directory, dtype=np.float32, **changes):
+    """A quantised grouped-query checkpoint, written with the safetensors library."""
+    fields = {"quantization_config": INT8}
+    fields, tensors = checkpoint(directory, dtype, fields, heads=6, kv_heads=2, head_dim=4)
+    rng = np.random.default_rng(1)
+    for name in [name for name in tensors if "_proj" in name or name == "lm_head.weight"]:
+        tensors[name] = rng.integers(-128, 128, tensors[name].shape).astype(np.int8)
+        tensors[f"{name}_scale"] = rng.random((len(tensors[name]), 1)).astype(np.float32)
+    reference.write_checkpoint(directory, fields, tensors | changes)
+    return fields, tensors
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_int8_weights_are_written_back_bit_for_bit(tmp_path, dtype):
+    fields, tensors = quantised(tmp_path / "in", dtype)
+    ours, written = round_trip(tmp_path / "in", tmp_path / "out")
+    require_same_bytes(ours, tensors)
+    assert written == fields
+    config, params = load_huggingface(tmp_path / "in")
+    q_proj = params["stack"]["layers"]["self_attn"]["q_proj"]
+    assert (q_proj["kernel"].dtype, q_proj["kernel"].shape) == (jnp.int8, (2, 32, 6, 4))
+    assert q_proj["kernel_scale"].shape == (2, 6, 4)
+    # A head's scales belong to its own rows of torch's matrix.
+    scale_KO = tensors[f"{LAYER_Q}_scale"][4:8]
+    np.testing.assert_array_equal(q_proj["kernel_scale"][0, 1], scale_KO[:, 0])
+    o_proj = params["stack"]["layers"]["self_attn"]["o_proj"]
+    assert o_proj["kernel_scale"].shape == (2, 32)
+
+
+def test_what_is_float_again_says_nothing_of_int8(tmp_path):
+    quantised(tmp_path / "int8")
+    _, tensors = checkpoint(tmp_path / "float", heads=6, kv_heads=2, head_dim=4)
+    (tmp_path / "out").mkdir()
+    config, _ = load_huggingface(tmp_path / "int8")
+    save_huggingface(config, load_huggingface(tmp_path / "float")[1], tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    require_same_bytes(load_file(tmp_path / "out" / "model.safetensors"), tensors)
+
+
+def test_int8_tensors_that_do_not_fit_are_named(tmp_path):
+    fields, tensors = quantised(tmp_path, **{LAYER_Q: np.zeros((24, 32), np.float32)})
+    with pytest.raises(ConfigError, match=f"{LAYER_Q} is F32, expected I8"):
+        load_huggingface(tmp_path)
+    missing = {name: tensor for name, tensor in tensors.items() if name != f"{LAYER_Q}_scale"}
+    reference.write_checkpoint(tmp_path, fields, missing)
+    with pytest.raises(ConfigError, match=rf"missing {LAYER_Q}_scale \[24, 1\]"):
+        load_huggingface(tmp_path)
+    # Without the entry the scales are surplus and int8 is no dtype of a weight.
+    reference.write_checkpoint(tmp_path, fields | {"quantization_config": None}, tensors)
+    with pytest.raises(ConfigError, match=f"surplus {LAYER_Q}_scale") as error:
+        load_huggingface(tmp_path)
+    assert "lm_head.weight is I8, expected F32 or BF16" in str(error.value)
+    other = {"quantization_config": INT8 | {"bits": 4}}
+    reference.write_checkpoint(tmp_path, fields | other, tensors)
+    with pytest.raises(ConfigError, match="quantization_config = .*'bits': 4.*: expected null or"):
+        load_huggingface(tmp_path)
+
+
 MEASURE = r"""
 import re, sys
 from pathlib import Path
