@@ -218,9 +218,10 @@ def test_decoding_keeps_kernels_int8_and_makes_no_float_copy_of_them(dtype, mode
     kernels = ("self_attn", "mlp", "lm_head")
     ours, theirs = size(params, *kernels), size(floats, *kernels)
     assert 0.25 * theirs < ours < 0.28 * theirs  # the scales are the rest
-    assert {x.dtype for x in jax.tree.leaves(params)} == {
-        jnp.dtype(dtype), jnp.dtype(jnp.int8), jnp.dtype(jnp.float32)
-    }  # fmt: skip
+    layers = params["stack"]["layers"]
+    for pair in (params["lm_head"], *layers["self_attn"].values(), *layers["mlp"].values()):
+        assert (pair["kernel"].dtype, pair["kernel_scale"].dtype) == (jnp.int8, jnp.float32)
+    assert params["stack"]["norm"]["scale"].dtype == dtype
     memory = compiled.memory_analysis()
     held = size(params) + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.argument_size_in_bytes < held + 4096
