@@ -15,7 +15,7 @@ import json
 import runpy
 import statistics
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,9 @@ def measure_errors(path: str, loops: int) -> dict[str, list[float]]:
     @jax.jit
     def run(params):
         model = LoopLM(config)
-        states = model.apply({"params": params}, heldout_BL, num_loops=loops).states_TBLD
-        logits = model.apply({"params": params}, states, method="logits")
-        return states, jax.nn.log_softmax(logits)
+        out = cast(Any, model.apply({"params": params}, heldout_BL, num_loops=loops))
+        logits = model.apply({"params": params}, out.states_TBLD, method="logits")
+        return out.states_TBLD, jax.nn.log_softmax(cast(jax.Array, logits))
 
     states_TBLD, logp_TBLV = run(params)
     calibration_BL = _rows(tokenizer, "train", CALIBRATION_ROWS)
@@ -123,16 +123,16 @@ def measure_speed(repeats: int) -> dict[str, float]:
     floats = jax.jit(lambda: _random(config))()
     contenders = {}
     for dtype in ("float32", "bfloat16"):
-        cast = dataclasses.replace(config, dtype=dtype)
-        contenders[dtype] = cast, cast_params(cast, floats)
-        contenders[f"int8, computing {dtype}"] = cast, cast_params(cast, quantize(cast, floats))
+        model = dataclasses.replace(config, dtype=dtype)
+        contenders[dtype] = model, cast_params(model, floats)
+        contenders[f"int8, computing {dtype}"] = model, cast_params(model, quantize(model, floats))
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT)).tolist()
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats + 1):
-        for name, (cast, params) in contenders.items():
+        for name, (model, params) in contenders.items():
             stamps: list[float] = []
             generate(
-                cast, params, prompt, NEW_TOKENS,
+                model, params, prompt, NEW_TOKENS,
                 on_token=lambda *_, stamps=stamps: stamps.append(time.perf_counter()),
             )  # fmt: skip
             rates[name].append((NEW_TOKENS - 1) / (stamps[-1] - stamps[0]))
