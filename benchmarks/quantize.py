@@ -28,9 +28,9 @@ from ouro_jax.cli.open_checkpoint import open_checkpoint
 from ouro_jax.config import ModelConfig
 from ouro_jax.data import stdlib_text
 from ouro_jax.data.tokenizer import encode, load_tokenizer
-from ouro_jax.inference.decode import cast_params
 from ouro_jax.inference.generate import generate
 from ouro_jax.inference.quantize import quantize
+from ouro_jax.inference.slots import cast_params
 from ouro_jax.model.loop_lm import LoopLM
 
 ROW, CALIBRATION_ROWS, HELDOUT_ROWS = 128, 64, 32

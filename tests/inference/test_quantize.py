@@ -21,11 +21,11 @@ from flax.core import meta
 from ouro_jax.config import from_config_dict
 from ouro_jax.errors import ConfigError
 from ouro_jax.inference import quantize as module
-from ouro_jax.inference.decode import Program, cast_params, decode, prefill
 from ouro_jax.inference.generate import generate
 from ouro_jax.inference.quantize import calibration_rows, quantize
-from ouro_jax.inference.sampling import Sampling, row_keys
+from ouro_jax.inference.slots import Program, cast_params, empty_slots, step
 from ouro_jax.interop.huggingface import load_huggingface, save_huggingface
+from ouro_jax.model.cache import empty_cache
 from ouro_jax.model.int8 import LAYER_MATRICES
 from ouro_jax.model.loop_lm import LoopLM
 from ouro_jax.training.start import check_start
@@ -201,18 +201,17 @@ def test_decoding_keeps_kernels_int8_and_makes_no_float_copy_of_them(dtype, mode
     init = jax.eval_shape(LoopLM(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     floats = meta.unbox(init)["params"]
     params = jax.eval_shape(lambda tree: cast_params(config, quantize(config, tree)), floats)
-    program = Program(config, 4, None, False, 64)
-    sampling = Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1))
-    prompts = (jnp.zeros((1, 64), jnp.int32), jnp.ones(1, jnp.int32), row_keys(0, 1))
-    cache, rows = jax.eval_shape(lambda tree: prefill(program, tree, *prompts, sampling), params)
-    compiled = decode.lower(program, params, cache, rows, sampling).compile()
+    program = Program(config, 4)
+    cache = jax.eval_shape(lambda: empty_cache(config, 1, 64, 4))
+    slots = jax.eval_shape(lambda: empty_slots(program, 1, 63))
+    compiled = step.lower(program, params, cache, slots, 1).compile()
 
     def size(tree, *names):
         flat = jax.tree_util.tree_leaves_with_path(tree)
         return sum(
             x.size * x.dtype.itemsize
             for path, x in flat
-            if not names or {str(part.key) for part in path} & set(names)
+            if not names or {str(getattr(part, "key", "")) for part in path} & set(names)
         )
 
     kernels = ("self_attn", "mlp", "lm_head")
@@ -223,7 +222,7 @@ def test_decoding_keeps_kernels_int8_and_makes_no_float_copy_of_them(dtype, mode
         assert (pair["kernel"].dtype, pair["kernel_scale"].dtype) == (jnp.int8, jnp.float32)
     assert params["stack"]["norm"]["scale"].dtype == dtype
     memory = compiled.memory_analysis()
-    held = size(params) + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    held = size(params) + size((cache, slots))
     assert memory.argument_size_in_bytes < held + 4096
     assert memory.temp_size_in_bytes < size(floats["stack"], *kernels) / 4
 
