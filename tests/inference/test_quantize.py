@@ -165,10 +165,10 @@ def test_no_channel_loses_by_calibration_and_no_single_step_gains_more(inputs, m
     assert best_O.sum() < 0.8 * cost(nearest_IO).sum()
     numbers_IO = np.asarray(quantised_IO, np.int32)
     for i in range(inputs):
-        for step in (-1, 1):
+        for move in (-1, 1):
             moved_IO = numbers_IO.copy()
-            moved_IO[i] = np.clip(moved_IO[i] + step, -128, 127)
-            assert (cost(moved_IO) >= best_O * (1 - 1e-4)).all(), (i, step)
+            moved_IO[i] = np.clip(moved_IO[i] + move, -128, 127)
+            assert (cost(moved_IO) >= best_O * (1 - 1e-4)).all(), (i, move)
 
 
 def test_zero_channels_and_inputs_that_are_always_zero_stay_finite():
