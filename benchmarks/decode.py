@@ -78,7 +78,7 @@ def measure(dtype: str, batch: int, repeats: int) -> dict[str, Any]:
         start, stamps = time.perf_counter(), []
         generate(
             config, params, prompts, NEW_TOKENS, exit=_EXIT.value, kv=_KV.value,
-            on_token=lambda row, _, stamps=stamps: stamps.append((row, time.perf_counter())),
+            on_token=lambda row, *_, stamps=stamps: stamps.append((row, time.perf_counter())),
         )  # fmt: skip
         first.append(stamps[0][1] - start)
         # From when all rows have their first token, which they get one after the other.

@@ -4,12 +4,14 @@
   ouro generate --checkpoint=downloads/Ouro-1.4B-Thinking --chat --prompt='What is RoPE?' \\
       --exit=q:0.8 --temperature=1.0 --top_p=0.7 --max_new_tokens=512
   ouro generate --checkpoint=runs/tiny/sft --prompt='one' --prompt='two' --loops=8 --json
+  ouro generate --checkpoint=runs/tiny --prompt='def main():' --speculate=2x3
 
 --checkpoint takes a workdir, one of its stages, or a folder in the Hugging Face format. A single
 prompt streams; on a terminal the colour of a token is its exit depth. With --kv=full all loops run
 and --exit says which is read, as in the published code; with the other policies a token that
 leaves early is computed no further. --json prints prompt, text, tokens, depths and mean_depth of
-the answer, or the list `answers` of these for several prompts.
+the answer, or the list `answers` of these for several prompts; with --speculate also acceptance,
+tokens_per_round and rounds.
 """
 
 import sys
@@ -36,6 +38,7 @@ flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token.")
 flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens that reach this probability.")
 flags.DEFINE_integer("top_k", 0, "Draw from so many tokens; 0: from all.")
 flags.DEFINE_integer("seed", 0, "Seed of the draws.")
+flags.DEFINE_string("speculate", None, "2x3: drafts of 2 loops, 3 verified at once; unset: none.")
 flags.DEFINE_multi_string(
     "stop", None, "Token, or its id, that ends an answer. Unset: <|endoftext|> and <|im_end|>."
 )
@@ -64,11 +67,11 @@ def main() -> Mapping[str, Any]:
     console = Console(highlight=False)
     stream = TextStream(tokenizer)
 
-    def show(_, new):
+    def show(_, token, depth):
         if not stream.begun and not FLAGS.chat:
             console.print(Text(prompts[0], style="dim"), end="", soft_wrap=True)
-        piece = stream.push(new.token)
-        console.print(coloured(piece, new.depth, loops), end="", soft_wrap=True)
+        piece = stream.push(token)
+        console.print(coloured(piece, depth, loops), end="", soft_wrap=True)
 
     single = len(prompts) == 1
     result = generate(
@@ -77,6 +80,7 @@ def main() -> Mapping[str, Any]:
         FLAGS.max_new_tokens, temperature=FLAGS.temperature, exit=FLAGS.exit, kv=FLAGS.kv,
         loops=FLAGS.loops, stop_ids=stop_ids(tokenizer, FLAGS.stop), seed=FLAGS.seed,
         top_p=FLAGS.top_p, top_k=FLAGS.top_k, on_token=show if single else None,
+        speculate=FLAGS.speculate,
     )  # fmt: skip
     if single:
         console.print(Text(stream.finish()), soft_wrap=True)
@@ -88,7 +92,24 @@ def main() -> Mapping[str, Any]:
             "depths": depths, "mean_depth": mean,
         })  # fmt: skip
         _show_depths(console, tokenizer, answers[-1], loops, with_text=not single)
-    return answers[0] if single else {"answers": answers}
+    summary = answers[0] if single else {"answers": answers}
+    return summary | _show_acceptance(console, result.acceptance)
+
+
+def _show_acceptance(console, acceptance) -> dict[str, Any]:
+    """How the drafts fared, printed and for the JSON line; nothing if there were none."""
+    if acceptance is None:
+        return {}
+    if acceptance.rounds:
+        console.print(
+            f"drafts ({FLAGS.speculate}): {acceptance.rate:.0%} accepted, "
+            f"{acceptance.tokens_per_round:.2f} tokens a round"
+        )
+    return {
+        "acceptance": acceptance.rate,
+        "tokens_per_round": acceptance.tokens_per_round,
+        "rounds": acceptance.rounds,
+    }
 
 
 def _show_depths(console, tokenizer, answer: Mapping[str, Any], loops: int, with_text: bool):

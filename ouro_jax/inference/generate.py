@@ -6,26 +6,30 @@ from dataclasses import dataclass, replace
 from ouro_jax.config import ModelConfig
 from ouro_jax.errors import require, require_choice
 from ouro_jax.inference.engine import Engine
-from ouro_jax.inference.requests import NewToken, Request, check_prompt, check_request
+from ouro_jax.inference.requests import Request, check_prompt, check_request
+from ouro_jax.inference.slots import cast_params
+from ouro_jax.inference.speculate import Acceptance, speculative_generate
 from ouro_jax.model.cache import KV_POLICIES
 from ouro_jax.model.exit import parse_exit_rule
 
 # Prompts answered at once; the others join as these end.
 MOST_SLOTS = 32
 
-OnToken = Callable[[int, NewToken], None]
-"""(row of the prompt, its next token)."""
+OnToken = Callable[[int, int, int], None]
+"""(row of the prompt, its next token, that token's depth)."""
 
 
 @dataclass(frozen=True)
 class Generation:
     """New tokens of each prompt, without the prompt and the stop token, and the depth of each.
 
-    A depth is the loop, counted from 1, whose state gave the token.
+    A depth is the loop, counted from 1, whose state gave the token. `acceptance` says how the
+    drafts fared, if there were any.
     """
 
     tokens: list[list[int]]
     depths: list[list[int]]
+    acceptance: Acceptance | None = None
 
 
 def generate(
@@ -43,6 +47,7 @@ def generate(
     top_k: int = 0,
     published_rounding: bool = False,
     on_token: OnToken | None = None,
+    speculate: str | None = None,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens.
 
@@ -60,10 +65,18 @@ def generate(
       top_p, top_k: draw from the fewest tokens that reach top_p, among the top_k; 0 is no limit.
       published_rounding: decide `q:…` in the rounding of the published code.
       on_token: called for every new token, in order within a row, for streaming.
+      speculate: `2x3` drafts 3 tokens with 2 loops each and verifies them with the others at once:
+        the same greedy answer, the same distribution of sampled ones. Not with `exit`.
 
     Raises ConfigError for an empty or over-long prompt, a token outside the vocabulary, and any
     setting out of its range.
     """
+    if speculate is not None:
+        return Generation(*speculative_generate(
+            config, cast_params(config, params), prompts, max_new_tokens, speculate,
+            temperature=temperature, top_p=top_p, top_k=top_k, exit=exit, kv=kv, loops=loops,
+            stop_ids=stop_ids, seed=seed, published_rounding=published_rounding, on_token=on_token,
+        ))  # fmt: skip
     require(len(prompts) > 0, "prompts", prompts, "at least one prompt")
     for row, prompt in enumerate(prompts):
         window = config.max_position_embeddings
@@ -104,5 +117,5 @@ def _answer(engine: Engine, requests: Sequence[Request], on_token: OnToken | Non
                 answer.tokens[row].append(token.token)
                 answer.depths[row].append(token.depth)
                 if on_token is not None:
-                    on_token(row, token)
+                    on_token(row, token.token, token.depth)
     return answer

@@ -26,6 +26,11 @@ def row_key(seed: int, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
+def row_keys(seed: int, rows: int) -> jax.Array:
+    """`row_key` of the streams 0 … rows - 1."""
+    return jax.vmap(row_key, (None, 0))(seed, jnp.arange(rows))
+
+
 def sample(
     logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array, index_B: jax.Array
 ) -> jax.Array:

@@ -150,7 +150,7 @@ def test_streaming_shows_every_token_in_order(model):
     stop = generate(config, params, prompts, 8).tokens[0][2]
     out = generate(
         config, params, prompts, 8, stop_ids=[stop],
-        on_token=lambda row, new: shown[row].append((new.token, new.depth)),
+        on_token=lambda row, token, depth: shown[row].append((token, depth)),
     )  # fmt: skip
     expected = zip(out.tokens, out.depths, strict=True)
     assert shown == [list(zip(*row, strict=True)) for row in expected]

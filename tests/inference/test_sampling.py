@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouro_jax.inference.sampling import Sampling, limit, row_key, sample
+from ouro_jax.inference.sampling import Sampling, limit, row_keys, sample
 
 LOGITS_V = np.array([1.0, -0.5, 2.0, 0.3, -3.0, 1.7], np.float32)
 
@@ -19,14 +19,10 @@ def settings_of(temperature=1.0, top_k=0, top_p=1.0, rows=2):
     )  # fmt: skip
 
 
-def keys(seed, rows):
-    return jax.vmap(row_key, (None, 0))(seed, jnp.arange(rows))
-
-
 def draws(rows=200, steps=100, **sampling):
     """Tokens of many rows and steps over the same logits."""
     logits_BV = jnp.broadcast_to(LOGITS_V, (rows, len(LOGITS_V)))
-    asked, keys_B = settings_of(**sampling, rows=rows), keys(7, rows)
+    asked, keys_B = settings_of(**sampling, rows=rows), row_keys(7, rows)
     draw = jax.jit(lambda step: sample(logits_BV, asked, keys_B, jnp.full(rows, step)))
     return np.stack([draw(step) for step in range(steps)])
 
@@ -71,7 +67,7 @@ def test_frequencies(sampling):
 
 def test_temperature_zero_is_the_first_most_probable_token():
     logits_BV = jnp.array([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
-    assert sample(logits_BV, settings_of(0.0), keys(0, 2), jnp.zeros(2, int)).tolist() == [1, 0]
+    assert sample(logits_BV, settings_of(0.0), row_keys(0, 2), jnp.zeros(2, int)).tolist() == [1, 0]
 
 
 def test_rows_and_steps_draw_independently():
@@ -110,7 +106,7 @@ def test_every_row_has_its_own_settings():
     rows = [(0.0, 0, 1.0), (1.0, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.5), (0.7, 4, 0.9)]
     logits_BV = jnp.broadcast_to(LOGITS_V, (len(rows), len(LOGITS_V)))
     together = Sampling(*(jnp.array(column) for column in zip(*rows, strict=True)))
-    keys_B = keys(3, len(rows))
+    keys_B = row_keys(3, len(rows))
     for index in range(40):
         at_B = jnp.full(len(rows), index)
         drawn = sample(logits_BV, together, keys_B, at_B).tolist()
