@@ -3,7 +3,6 @@
 V vocabulary; q a draft's distribution, p that of the last loop.
 """
 
-import dataclasses
 import itertools
 import re
 
@@ -29,8 +28,9 @@ TINY = dict(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16, vocab=
 ROWS, TINY_PROMPT = 4096, [3, 1]
 
 
-def load(folder, seed, **shape):
+def load(folder, seed, window=4096, **shape):
     fields, tensors = reference.random_checkpoint(np.random.default_rng(seed), **shape)
+    fields["max_position_embeddings"] = window
     return fields, tensors, *load_huggingface(reference.write_checkpoint(folder, fields, tensors))
 
 
@@ -44,15 +44,14 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A model of seven tokens, whose answers of four tokens can be counted one by one."""
-    return load(tmp_path_factory.mktemp("tiny"), 8, **TINY)
+    # Four tokens and three drafts behind them just fit into the window.
+    return load(tmp_path_factory.mktemp("tiny"), 8, window=len(TINY_PROMPT) + 7, **TINY)
 
 
 # ---- greedy: the same answer ----
 
 
-@pytest.mark.parametrize(
-    "speculate, loops", [("1x1", None), ("2x3", None), ("3x2", None), ("1x5", None), ("4x3", 6)]
-)
+@pytest.mark.parametrize("speculate, loops", [("1x4", None), ("2x3", None), ("5x1", 6)])
 def test_greedy_answers_are_those_of_plain_decoding(model, speculate, loops):
     *_, config, params = model
     plain = generate(config, params, PROMPTS, 40, loops=loops)
@@ -64,22 +63,21 @@ def test_greedy_answers_are_those_of_plain_decoding(model, speculate, loops):
     assert out.acceptance.rounds < out.acceptance.tokens == 3 * 39
 
 
-def test_a_greedy_answer_is_the_full_forward_s_past_a_chunk(model):
+def test_prompts_longer_than_a_chunk(model):
     fields, tensors, config, params = model
-    prompt = np.random.default_rng(0).integers(0, 80, 530).tolist()
-    out = generate(config, params, [prompt, [5, 6]], 4, speculate="2x2")
-    ids = list(prompt)
-    for _ in range(4):
-        forward = reference.forward(fields, tensors, np.array([ids]))
-        ids.append(int(forward.logits_TBLV[-1, 0, -1].argmax()))
-    assert out.tokens[0] == ids[530:]
-    assert out.tokens == generate(config, params, [prompt, [5, 6]], 4).tokens
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 80, length).tolist() for length in (512, 530, 3)]
+    out = generate(config, params, prompts, 3, speculate="2x3")
+    for prompt, tokens in zip(prompts, out.tokens, strict=True):
+        text = np.array([prompt + tokens[:-1]])
+        logits_LV = reference.forward(fields, tensors, text).logits_TBLV[-1, 0]
+        assert tokens == logits_LV[len(prompt) - 1 :].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 5])
 def test_answers_end_at_any_place_of_a_round(model, max_new_tokens):
     *_, config, params = model
-    out = generate(config, params, PROMPTS, max_new_tokens, speculate="3x3")
+    out = generate(config, params, PROMPTS, max_new_tokens, speculate="2x3")
     assert out.tokens == generate(config, params, PROMPTS, max_new_tokens).tokens
     assert max_new_tokens > 1 or (out.acceptance.rate, out.acceptance.rounds) == (None, 0)
 
@@ -89,7 +87,7 @@ def test_stop_ids_end_a_row_and_leave_the_others(model):
     free = generate(config, params, PROMPTS, 24).tokens
     for stop in (free[1][3], free[2][4], free[0][0]):
         plain = generate(config, params, PROMPTS, 24, stop_ids=[stop])
-        out = generate(config, params, PROMPTS, 24, stop_ids=[stop], speculate="3x4")
+        out = generate(config, params, PROMPTS, 24, stop_ids=[stop], speculate="2x3")
         assert (out.tokens, out.depths) == (plain.tokens, plain.depths)
         assert any(len(tokens) < 24 for tokens in out.tokens)
 
@@ -99,7 +97,7 @@ def test_streaming_shows_every_token_in_order(model):
     stop = generate(config, params, PROMPTS, 24).tokens[1][6]
     shown = [[] for _ in PROMPTS]
     out = generate(
-        config, params, PROMPTS, 24, stop_ids=[stop], speculate="3x3",
+        config, params, PROMPTS, 24, stop_ids=[stop], speculate="2x3",
         on_token=lambda row, token, depth: shown[row].append((token, depth)),
     )  # fmt: skip
     assert shown == [[(token, 4) for token in tokens] for tokens in out.tokens]
@@ -184,10 +182,9 @@ def sampled(tiny, speculate, seed, temperature, top_p=1.0, top_k=0):
 @pytest.mark.parametrize(
     "speculate, draw",
     [
-        ("1x2", dict(temperature=1.0)),
         ("2x3", dict(temperature=1.0)),
-        ("2x2", dict(temperature=0.7, top_p=0.8)),
-        ("3x1", dict(temperature=1.6, top_k=4)),
+        ("2x3", dict(temperature=0.7, top_p=0.8)),
+        ("1x2", dict(temperature=1.6, top_k=4)),
     ],
 )
 def test_sampled_answers_have_the_distribution_of_the_last_loop(tiny, speculate, draw):
@@ -266,9 +263,8 @@ def round_arguments(dtype, batch):
     return program, params, cache, rows, jax.eval_shape(lambda: sampling)
 
 
-@pytest.mark.parametrize("dtype, batch", [("float32", 8), ("bfloat16", 1)])
-def test_a_round_never_copies_the_cache(dtype, batch):
-    arguments = round_arguments(dtype, batch)
+def test_a_round_never_copies_the_cache():
+    arguments = round_arguments("bfloat16", batch=8)
     cache = arguments[2]
     compiled = play_round.lower(*arguments).compile()
     shape = ",".join(map(str, jax.tree.leaves(cache)[0].shape))
@@ -276,9 +272,9 @@ def test_a_round_never_copies_the_cache(dtype, batch):
     assert compiled.memory_analysis().alias_size_in_bytes == sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)
     )
-    if batch > 1:
-        kept = jax.jit(play_round.__wrapped__, static_argnames="program")
-        assert whole_copies(kept.lower(*arguments).compile().as_text(), shape) != []
+    # The check sees the copy of a cache that is not given up.
+    kept = jax.jit(play_round.__wrapped__, static_argnames="program")
+    assert whole_copies(kept.lower(*arguments).compile().as_text(), shape) != []
 
 
 # ---- what is refused ----
@@ -318,10 +314,8 @@ def test_wrong_settings_are_refused_before_anything_is_compiled(model, changes, 
         generate(config, {}, **settings)
 
 
-def test_drafts_may_take_the_last_position_of_the_window(model):
-    *_, config, params = model
-    config = dataclasses.replace(config, max_position_embeddings=16)
-    plain = generate(config, params, [[1, 2, 3, 4, 5]], 8)
-    assert generate(config, params, [[1, 2, 3, 4, 5]], 8, speculate="2x3").tokens == plain.tokens
-    with pytest.raises(ConfigError, match="window of 16"):
-        generate(config, params, [[1, 2, 3, 4, 5, 6]], 8, speculate="2x3")
+def test_drafts_may_not_take_a_position_beyond_the_window(tiny):
+    """The sampled answers above take the last one."""
+    *_, config, params = tiny
+    with pytest.raises(ConfigError, match="3 drafts behind the last one .* window of 9"):
+        generate(config, params, [TINY_PROMPT], 5, speculate="2x3")
