@@ -116,13 +116,9 @@ def speculative_generate(
     settings = Request(prompts[0], max_new_tokens, temperature, top_p, top_k)
     check_request(config, settings, config.max_position_embeddings, loops)
 
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(lengths_B.max())
-    padded = _multiple(longest, BUCKET if longest <= PREFILL_CHUNK else PREFILL_CHUNK)
-    prompts_BL = np.zeros((len(prompts), padded), np.int32)
-    for row, prompt in enumerate(prompts):
-        prompts_BL[row, : len(prompt)] = prompt
-    num_slots = max(padded, _multiple(longest + max_new_tokens + drafts, BUCKET))
+    prompts_BL, lengths_B = _padded(prompts)
+    length = int(lengths_B.max()) + max_new_tokens + drafts
+    num_slots = max(prompts_BL.shape[1], _multiple(length, BUCKET))
     program = RoundProgram(config, loops, draft_loops, drafts, num_slots)
     same_B = jnp.ones(len(prompts), jnp.int32)
     sampling = Sampling(same_B * jnp.float32(temperature), same_B * top_k, same_B * top_p)
@@ -228,6 +224,17 @@ def _check_prompt(config, prompt, max_new_tokens, drafts, index, speculate):
             f"more than the model's window of {window:,} (max_position_embeddings). Draft less, "
             "ask for fewer tokens or leave speculate out."
         )
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts in one array, filled up on the right, and their lengths."""
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths_B.max())
+    length = _multiple(longest, BUCKET if longest <= PREFILL_CHUNK else PREFILL_CHUNK)
+    prompts_BL = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        prompts_BL[row, : len(prompt)] = prompt
+    return prompts_BL, lengths_B
 
 
 def _multiple(length: int, of: int) -> int:

@@ -60,6 +60,21 @@ def test_several_prompts_sampled_in_chat_form_in_colour(checkpoint):
     assert "\x1b[31m" in result.stdout
 
 
+def test_drafts_are_counted_in_the_summary(checkpoint):
+    arguments = [f"--checkpoint={checkpoint}", "--prompt=the cat", "--max_new_tokens=8"]
+    result = ouro_generate(*arguments, "--speculate=2x3", "--stop=0", "--json")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])
+    config, params = load_huggingface(checkpoint)
+    prompt = encode(load_tokenizer(checkpoint / "tokenizer.json"), "the cat")
+    out = generate(config, params, [prompt], 8, stop_ids=[0], speculate="2x3")
+    assert answer["tokens"] == out.tokens[0] and answer["rounds"] == out.acceptance.rounds
+    assert answer["acceptance"] == out.acceptance.rate
+    assert answer["tokens_per_round"] == out.acceptance.tokens_per_round
+    assert f"drafts (2x3): {out.acceptance.rate:.0%} accepted" in result.stdout
+    assert f"{out.acceptance.tokens_per_round:.2f} tokens a round" in result.stdout
+
+
 def test_wrong_use_leaves_with_2_and_says_why(checkpoint, tmp_path):
     checkpoint = f"--checkpoint={checkpoint}"
     for arguments, error in (
@@ -69,6 +84,7 @@ def test_wrong_use_leaves_with_2_and_says_why(checkpoint, tmp_path):
         ([f"--checkpoint={tmp_path}/none", "--prompt=x"], "no such folder"),
         ([checkpoint, "--prompt=x", "--max_new_tokens=5000"], "window of 4,096"),
         ([checkpoint, "--prompt=x", "--exit=often"], "unknown exit rule"),
+        ([checkpoint, "--prompt=x", "--speculate=2,3"], "Did you mean 2x3?"),
     ):
         result = ouro_generate(*arguments)
         assert (result.returncode, error in result.stderr) == (2, True), result.stderr
