@@ -254,7 +254,7 @@ def round_arguments(dtype, batch):
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype), meta.unbox(init)["params"]
     )
-    sampling = Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1))
+    sampling = Sampling(jnp.zeros(batch), jnp.zeros(batch, jnp.int32), jnp.ones(batch))
     ones_B = jnp.ones(batch, jnp.int32)
     inputs = (jnp.zeros((batch, 64), jnp.int32), ones_B, ones_B, row_keys(0, batch))
     cache, rows = jax.eval_shape(
