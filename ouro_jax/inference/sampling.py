@@ -21,7 +21,7 @@ class Sampling:
     top_p_B: jax.Array
 
 
-def row_key(seed: int, stream: int) -> jax.Array:
+def row_key(seed: int | jax.Array, stream: int | jax.Array) -> jax.Array:
     """The key that one answer is drawn from: streams of a seed draw differently."""
     return jax.random.fold_in(jax.random.key(seed), stream)
 
