@@ -70,7 +70,7 @@ def test_a_checkpoint_in_a_bucket_is_one_on_a_disk(gcs):
     ]
     broken = {name: gcs.objects[folder + name] for name in names | {"more"}}
     verified = ouro("checkpoint", "verify", "gs://bucket/run")
-    assert verified.returncode == 1 and "1 of 2 checkpoints are not whole" in verified.stderr
+    assert verified.returncode == 1 and "checkpoints that are not whole: 1 of 2" in verified.stderr
     pruned = ouro("checkpoint", "prune", "gs://bucket/run", "--keep=1")
     assert pruned.returncode == 0 and all_steps(STAGE) == [24], pruned.stderr
 
