@@ -82,6 +82,15 @@ def virtual_devices(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 
 
+def kept_programs() -> dict[str, str]:
+    """The environment of a process whose programs are those of the session, and not optimized."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+
 def free_port() -> int:
     """A port of this machine that nobody uses."""
     with socket.socket() as probe:

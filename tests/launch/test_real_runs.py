@@ -9,7 +9,7 @@ import time
 
 import pytest
 from etils import epath
-from micro_run import BATCH, ROOT, micro_config, write_config
+from micro_run import BATCH, ROOT, kept_programs, micro_config, write_config
 
 from ouro_jax.config import DataConfig
 from ouro_jax.training.checkpoint_files import SUMS, steps_of
@@ -41,6 +41,7 @@ def real(fakes):
     fakes.add(ouro=f'exec {sys.executable} -m ouro_jax.cli.main "$@"')
     devices = "--xla_force_host_platform_device_count=2"
     fakes.env |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
+    fakes.env |= kept_programs()
     return fakes
 
 
@@ -77,7 +78,7 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(real, config):
 def test_a_launcher_that_is_told_to_stop_has_its_run_save_and_go_on(real, config):
     """Once two processes, once a single one on the same workdir, which then finishes."""
     run = real.folder / "run"
-    flags = f"--config={config}", f"--workdir={run}", "--cache=cache"
+    flags = f"--config={config}", f"--workdir={run}"
     stopped = 0
     for processes in (2, 1):
         launcher = subprocess.Popen(

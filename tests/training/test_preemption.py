@@ -1,7 +1,4 @@
-"""SIGTERM in every phase, and phases that never end: the run saves, or says where it is stuck.
-
-All attempts share a folder of compiled programs, so that each takes seconds.
-"""
+"""SIGTERM in every phase, and phases that never end: the run saves, or says where it is stuck."""
 
 import dataclasses
 import json
@@ -15,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from micro_run import BATCH, ROOT, free_port, micro_config, virtual_devices
+from micro_run import BATCH, ROOT, free_port, kept_programs, micro_config, virtual_devices
 
 from ouro_jax.config import DataConfig, DeadlineConfig, EvaluationConfig, MeshConfig, to_dict
 from ouro_jax.parallel.mesh import make_mesh
@@ -54,12 +51,14 @@ def write(config, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(folder):
+def config_file(config, folder):
+    return write(config, folder / "config.json")
+
+
+@pytest.fixture(scope="module")
+def start():
     """Starts a run with a fault in a process of its own."""
-    environment = virtual_devices(1) | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu",
-    }  # fmt: skip
+    environment = virtual_devices(1) | kept_programs() | {"JAX_PLATFORMS": "cpu"}
 
     def start(config_file, workdir, at="", **task):
         task |= {"config": str(config_file), "workdir": str(workdir), "at": at}
@@ -69,6 +68,14 @@ def start(folder):
         )  # fmt: skip
 
     return start
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, folder, start):
+    """The workdir of a run that nothing disturbs."""
+    code, said = end(start(config_file, folder / "finished"))
+    assert code == 0, said
+    return folder / "finished"
 
 
 def end(process, seconds=180) -> tuple[int, str]:
@@ -113,11 +120,8 @@ PHASES = (
 
 
 def test_a_signal_in_every_phase_leaves_the_newest_step_and_no_trace(
-    config, folder, start, tmp_path
+    config, config_file, finished, start, tmp_path
 ):
-    config_file = write(config, folder / "config.json")
-    code, said = end(start(config_file, folder / "finished"))
-    assert code == 0, said
     for number, (at, call, expected) in enumerate(PHASES):
         before = steps_there(tmp_path)
         process = start(config_file, tmp_path, at, call=call)
@@ -133,7 +137,7 @@ def test_a_signal_in_every_phase_leaves_the_newest_step_and_no_trace(
             assert checkpoint.is_finished and not problems_of(checkpoint.path)
     code, said = end(start(config_file, tmp_path))
     assert code == 0, said
-    assert_same_run(config, tmp_path, folder / "finished")
+    assert_same_run(config, tmp_path, finished)
     stops = [event for event in read_events(tmp_path) if event["kind"] == "stop"]
     assert {event["code"] for event in stops} == {0, 75}
 
@@ -143,11 +147,9 @@ def steps_there(workdir) -> list[int]:
 
 
 def test_a_second_signal_ends_it_at_once_and_leaves_the_last_checkpoint_whole(
-    config, folder, start, tmp_path
+    config, config_file, finished, start, tmp_path
 ):
-    process = start(
-        write(config, folder / "config.json"), tmp_path, "finishing", call=1, do="stuck"
-    )
+    process = start(config_file, tmp_path, "finishing", call=1, do="stuck")
     wait_for(lambda: len(steps_there(tmp_path)) == 1 and "checkpoint" in kinds(tmp_path), process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
@@ -162,9 +164,9 @@ def test_a_second_signal_ends_it_at_once_and_leaves_the_last_checkpoint_whole(
     assert "asked to stop a second time" in said
     (whole, _) = list_checkpoints(absolute(tmp_path))
     assert not problems_of(whole.path)
-    code, said = end(start(folder / "config.json", tmp_path))
+    code, said = end(start(config_file, tmp_path))
     assert code == 0, said
-    assert_same_run(config, tmp_path, folder / "finished")
+    assert_same_run(config, tmp_path, finished)
     assert "set_aside" in kinds(tmp_path)  # the one that was not finished
 
 
@@ -185,9 +187,7 @@ def wait_for(condition, process, seconds=120):
     ("data", "data", "_awaited"), ("evaluation", "evaluation", "_evaluate"),
     ("checkpoint", "checkpoint", "save"),
 ])  # fmt: skip
-def test_a_phase_that_never_ends_is_ended_with_its_place(
-    config, folder, start, tmp_path, phase, at, names
-):
+def test_a_phase_that_never_ends_is_ended_with_its_place(config, start, tmp_path, phase, at, names):
     limited = dataclasses.replace(
         config, deadlines=dataclasses.replace(DeadlineConfig(), **{phase: 3.0})
     )
@@ -216,8 +216,7 @@ def two(start, config_file, workdir, faults):
     ]
 
 
-def test_a_signal_to_one_of_two_processes_saves_and_ends_both(config, folder, start, tmp_path):
-    config_file = write(config, folder / "config.json")
+def test_a_signal_to_one_of_two_processes_saves_and_ends_both(config_file, start, tmp_path):
     for fault in ({"at": "step", "call": 6}, {"at": "step", "call": 0}):
         before = steps_there(tmp_path)
         processes = two(start, config_file, tmp_path, [{}, fault])
@@ -231,9 +230,7 @@ def test_a_signal_to_one_of_two_processes_saves_and_ends_both(config, folder, st
     assert [e["code"] for e in read_events(tmp_path) if e["kind"] == "stop"][:1] == [75]
 
 
-def test_a_process_stuck_before_a_barrier_ends_both_with_their_places(
-    config, folder, start, tmp_path
-):
+def test_a_process_stuck_before_a_barrier_ends_both_with_their_places(config, start, tmp_path):
     limited = dataclasses.replace(config, deadlines=DeadlineConfig(start=25.0))
     config_file = write(limited, tmp_path / "config.json")
     faults = [{}, {"at": "start", "do": "stuck"}]

@@ -26,6 +26,8 @@ from ouro_jax.training.stage_rows import open_stage_mixture
 from ouro_jax.training.state import StateFactory
 from ouro_jax.training.step import compiled_train_step
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 STAGES = ("stable_1b", "gate")
 ROWS = 8
 
