@@ -22,6 +22,28 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+# Those of a minute and more come first, the longest before all, so that none is left for the end.
+LONG = (
+    "planning/test_fit_table.py", "training/test_multihost.py", "training/test_preemption.py",
+    "training/test_recovery.py", "training/test_trainer.py", "launch/test_real_runs.py",
+    "cli/test_plan.py", "training/test_program.py", "planning/test_hlo.py",
+)  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files go to workers whole, as they share what they prepared, in the order below."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts long files first."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(scope="module")
 def kept_programs():
