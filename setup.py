@@ -40,7 +40,10 @@ EXTRAS = {
     ],
     "clean": ["datasketch>=2"],  # MinHash: near duplicates in a corpus
     "quantize": ["qwix>=0.1.8"],  # int8 weights: scales and rounding of an array
-    "serve": ["uvicorn>=0.30", "starlette>=0.40"],  # HTTP
+    "serve": [
+        "uvicorn>=0.30",  # HTTP: connections, and signals that end them in order
+        "starlette>=0.40",  # routes and requests on top of it, without a framework's model of JSON
+    ],
     "dev": [
         "pytest>=8",  # the tests
         "pytest-xdist>=3.6",  # the tests, on both cores
@@ -51,6 +54,10 @@ EXTRAS = {
         "pyyaml>=6",  # reads launch/jobset.yaml in its tests
         "jsonschema>=4.20",  # checks the JobSet
         "kubernetes-validate>=1.32",  # checks the Job inside it by Kubernetes' own schema
+        "httpx>=0.27",  # asks the server in its tests and its benchmark
+        "openai>=1.60",  # the official client has to understand the server
+        "schemathesis>=4",  # requests made up from the server's own OpenAPI
+        "playwright>=1.49",  # the page in a Chromium that is there, or its test is skipped
     ],
 }
 
@@ -61,6 +68,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ouro_jax", "ouro_jax.*"]),
+    package_data={"ouro_jax.inference.server": ["page.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ouro = ouro_jax.cli.main:main"]},

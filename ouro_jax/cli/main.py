@@ -10,6 +10,8 @@ VERBS = {
     "data": "prepare, inspect and verify data sets",
     "checkpoint": "list, verify and prune the checkpoints of a run",
     "generate": "text from a checkpoint, with the exit depth of every token",
+    "chat": "a conversation in the terminal, coloured by exit depth",
+    "serve": "OpenAI's API over HTTP, and a page to talk to the model",
     "convert": "Hugging Face checkpoints in and out",
     "plan": "compile for a pod that is not there: does it fit, what does it cost, what bounds it",
     "sweep": "many runs of one config: run or submit them, and compare what came of it",
