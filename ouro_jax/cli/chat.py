@@ -9,8 +9,10 @@ the conversation, Ctrl-C stops the answer that is being written. When the conver
 fits the window, its oldest messages are left out.
 """
 
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from absl import flags
@@ -75,21 +77,21 @@ class _Talk:
             words.append(piece)
             self._console.print(coloured(piece, depth, self._engine.loops), end="", soft_wrap=True)
 
-        try:
-            for token in self._tokens(number):
+        with _stop_asked() as asked:
+            for token in self._tokens(number, asked):
                 depths.append(token.depth)
                 show(stream.push(token.token), token.depth)
-        except KeyboardInterrupt:
-            self._engine.cancel(number)
-            self._console.print(Text(" (stopped)", style="dim"), end="")
         show(stream.finish(), depths[-1] if depths else 1)
-        self._console.print()
+        self._console.print(Text(" (stopped)" if asked else "", style="dim"))
         self._turns.append({"role": "assistant", "content": "".join(words)})
         return depths
 
-    def _tokens(self, number: int):
+    def _tokens(self, number: int, stop_asked: list):
         finish = None
         while finish is None:
+            if stop_asked:
+                self._engine.cancel(number)
+                return
             for update in self._engine.step():
                 if update.request_id == number:
                     finish = update.finish
@@ -151,6 +153,19 @@ def main() -> Mapping[str, Any]:
             mean = f"mean depth {sum(new) / len(new):.2f} of {loops}"
             console.print(Text(mean, style="dim"))
     return {"answers": answers, "mean_depth": sum(depths) / len(depths) if depths else None}
+
+
+@contextmanager
+def _stop_asked() -> Iterator[list[int]]:
+    """A list that Ctrl-C fills. An exception in the middle of a step would cost the engine its
+    cache, which is given up to the step while that runs.
+    """
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _open(path: str) -> tuple[_Talk, Console, int]:
