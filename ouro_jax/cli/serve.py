@@ -45,14 +45,21 @@ LONG_PROMPT = 960  # one piece each of 512, 256, 128 and 64 tokens
 def main() -> None:
     """The verb; returns when the server was asked to stop."""
     path = required("checkpoint", "runs/tiny")
+    key = _api_key()
+    if FLAGS.host not in LOOPBACK and not key:
+        print(
+            f"warning: --host={FLAGS.host} lets other machines in and there is no key: set "
+            "OURO_API_KEY or --api_key_file.", file=sys.stderr,
+        )  # fmt: skip
+    listener = _bind(FLAGS.host, FLAGS.port)
+    # Loading jax and the model takes seconds; a wrong flag should not wait for them.
     try:
         import uvicorn
 
-        from ouro_jax.inference.server.app import make_app
+        from ouro_jax.inference.server.app import Limits, make_app
     except ImportError as error:
         raise ConfigError(f"{error}: serving takes pip install -e '.[serve]'.") from error
-    limits = _limits()
-    listener = _bind(FLAGS.host, FLAGS.port)
+    limits = Limits(FLAGS.max_body_bytes, FLAGS.max_waiting, FLAGS.timeout_seconds, key)
     served = _load(path)
     failures: list[Exception] = []
 
@@ -74,18 +81,6 @@ def main() -> None:
     server.run([listener])
     if failures:
         raise RunError(f"the engine failed: {failures[0]}")
-
-
-def _limits() -> Any:
-    from ouro_jax.inference.server.app import Limits
-
-    key = _api_key()
-    if FLAGS.host not in LOOPBACK and not key:
-        print(
-            f"warning: --host={FLAGS.host} lets other machines in and there is no key: set "
-            "OURO_API_KEY or --api_key_file.", file=sys.stderr,
-        )  # fmt: skip
-    return Limits(FLAGS.max_body_bytes, FLAGS.max_waiting, FLAGS.timeout_seconds, key)
 
 
 def _api_key() -> str:
