@@ -39,6 +39,7 @@ flags.DEFINE_float("timeout_seconds", 600.0, "Longer answers are ended with an e
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # What a slot holds if nobody says: the windows of released models fill a chip's memory.
 DEFAULT_WINDOW = 4096
+BACKLOG = 2048
 LONG_PROMPT = 960  # one piece each of 512, 256, 128 and 64 tokens
 
 
@@ -73,6 +74,8 @@ def main() -> None:
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10, access_log=False)
     )
+    # From here on connections wait instead of being refused: what is printed is true at once.
+    listener.listen(BACKLOG)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {served.name} at http://{shown}:{port} (page at /, API at /v1)", flush=True)
