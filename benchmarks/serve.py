@@ -15,6 +15,7 @@ the server: on few cores they slow it down.
 import asyncio
 import itertools
 import json
+import logging
 import random
 import re
 import subprocess
@@ -61,6 +62,7 @@ def main(_: Sequence[str]) -> None:
 
     Exits with 1 if an answer was another one, a slot is held, or anything failed.
     """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = _CHECKPOINT.value or str(random_checkpoint(Path(folder)))
         with server(checkpoint, Path(folder) / "server.log") as (url, process):

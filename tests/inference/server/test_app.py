@@ -97,21 +97,25 @@ def test_usage_and_depths(client, tokenizer):
     assert "ouro" not in complete(client)["choices"][0]
 
 
-def test_stop_strings_over_token_boundaries(serve, tokenizer):
+def test_stop_strings_over_token_boundaries(serve, tokenizer, until_free):
     ids = [token for text in ("on", " t", "he ", "m", "at") for token in encode(tokenizer, text)]
-    with serve(FakeEngine(script=ids, slots=1)) as client:
+    engine = FakeEngine(script=ids, slots=1)
+    with serve(engine) as client:
         for stop, text in (
             ("the m", "on "),
             (["zebra", "e ma"], "on th"),
             ("on t", ""),
             (["aton", "maton the x"], "on the m"),
         ):
-            body = {"prompt": "x", "max_tokens": 60, "stop": stop}
+            body = {"prompt": "x", "max_tokens": 250, "stop": stop}
             out = complete(client, **body)["choices"][0]
             assert (out["text"], out["finish_reason"]) == (text, "stop")
             chunks, _ = events(client, "/v1/completions", body)
             shown = [c["text"] for chunk in chunks for c in chunk["choices"]]
             assert "".join(shown) == text
+        # Nothing more is computed of an answer that has met one.
+        until_free(client)
+        assert len(engine.cancelled) == 8
         # Text that only might have been the start of a stop string comes at the end after all.
         out = complete(client, prompt="x", max_tokens=len(ids), stop="atom")["choices"][0]
         assert (out["text"], out["finish_reason"]) == ("on the mat", "length")
