@@ -1,6 +1,7 @@
 """The server from the outside, on a fake engine: answers, streams, refusals, freed slots."""
 
 import json
+import socket
 import threading
 import time
 
@@ -240,6 +241,14 @@ def test_key_body_size_and_slow_bodies(serve):
             yield b"x" * 600
 
         json_type = {"content-type": "application/json"}
+        # What is said to be too large is refused before any of it is sent.
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as raw:
+            raw.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+                b"Content-Type: application/json\r\nContent-Length: 2000\r\n\r\n"
+            )
+            raw.settimeout(5)
+            assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
         grown = client.post("/v1/completions", content=parts(0), headers=json_type)
         assert grown.status_code == 413
         slow = client.post("/v1/completions", content=parts(0.6), headers=json_type)
