@@ -61,7 +61,10 @@ def test_streams_say_what_whole_answers_say(client):
             if body.get("depths"):
                 tokens = [token for c in mine for token in c["ouro"]["tokens"]]
                 assert tokens == choice["ouro"]["tokens"]
-                assert "".join(token["text"] for token in tokens) == choice["text"]
+                texts = [token["text"] for token in tokens]
+                assert "".join(texts) == choice["text"]
+                starts = [len("".join(texts[:place])) for place in range(len(texts))]
+                assert choice["logprobs"]["text_offset"] == starts
                 assert mine[-1]["ouro"]["mean_depth"] == choice["ouro"]["mean_depth"]
 
 

@@ -63,6 +63,9 @@ def test_a_conversation(serve, page, tokenizer):
         assert tip.locator("tr").count() == 1 + 4 and "25 %" in tip.inner_text()
         page.keyboard.press("Escape")
         assert not tip.is_visible()
+        # One token may hold a whole tag.
+        page.evaluate("showToken(at('name'), { text: '<i>', depth: 1, readouts: [] }, 4)")
+        assert page.locator("#name").inner_text() == "tiny<i>"
         # The second message goes with the first and its answer.
         page.get_by_role("textbox", name="Message").fill("and then?")
         page.keyboard.press("Enter")
