@@ -173,6 +173,7 @@ def _open(path: str) -> tuple[_Talk, Console, int]:
     from ouro_jax.cli.open_checkpoint import open_checkpoint
     from ouro_jax.data.tokenizer import IM_END, IM_START, load_tokenizer, special_id
     from ouro_jax.inference.engine import Engine
+    from ouro_jax.inference.requests import beyond_training
 
     checkpoint = open_checkpoint(path)
     if checkpoint.tokenizer_file is None:
@@ -183,6 +184,8 @@ def _open(path: str) -> tuple[_Talk, Console, int]:
     config = checkpoint.config
     window = FLAGS.window or min(DEFAULT_WINDOW, config.max_position_embeddings)
     engine = Engine(config, checkpoint.params, FLAGS.kv, 1, window, FLAGS.loops)
+    if warning := beyond_training(config, engine.loops):
+        print(warning, file=sys.stderr)
     console = Console(highlight=False)
     return _Talk(tokenizer, engine, console), console, engine.loops
 

@@ -118,7 +118,7 @@ def _load(path: str) -> Any:
     from ouro_jax.cli.open_checkpoint import open_checkpoint
     from ouro_jax.data.tokenizer import IM_END, IM_START, load_tokenizer
     from ouro_jax.inference.engine import Engine
-    from ouro_jax.inference.requests import Request, check_request
+    from ouro_jax.inference.requests import Request, beyond_training, check_request
     from ouro_jax.inference.server.protocol import Served
     from ouro_jax.inference.slots import cast_params
     from ouro_jax.inference.text import stop_ids
@@ -132,7 +132,8 @@ def _load(path: str) -> Any:
     tokenizer = load_tokenizer(checkpoint.tokenizer_file)
     config = checkpoint.config
     window = FLAGS.window or min(DEFAULT_WINDOW, config.max_position_embeddings)
-    warn_of_extrapolation(config.num_loops)
+    if warning := beyond_training(config, FLAGS.loops or config.num_loops):
+        print(warning, file=sys.stderr)
     params = cast_params(config, checkpoint.params)  # once, and not for each engine
     engines = {}
     for kv in policies:
@@ -163,17 +164,6 @@ def _warm_up(engine: Any) -> None:
         engine.submit(Request(prompt=(0,) * length, max_new_tokens=tokens))
     while not engine.idle:
         engine.step()
-
-
-def warn_of_extrapolation(trained: int) -> None:
-    """Says on stderr what more loops than were trained are known to do."""
-    if FLAGS.loops is not None and FLAGS.loops > trained:
-        print(
-            f"warning: --loops={FLAGS.loops}: the model was trained with {trained}. The paper's "
-            "models, trained with 4, lose by more: Ouro-1.4B has 67.45 on MMLU after 4 loops, "
-            "66.64 after 5 and 64.49 after 8; Ouro-1.4B-Thinking has 65.0 on AIME24 after 4, 60.7 "
-            "after 5 and 38.7 after 8.", file=sys.stderr,
-        )  # fmt: skip
 
 
 def run() -> None:

@@ -77,34 +77,35 @@ def generate(
             temperature=temperature, top_p=top_p, top_k=top_k, exit=exit, kv=kv, loops=loops,
             stop_ids=stop_ids, seed=seed, published_rounding=published_rounding, on_token=on_token,
         ))  # fmt: skip
-    require(len(prompts) > 0, "prompts", prompts, "at least one prompt")
-    for row, prompt in enumerate(prompts):
-        window = config.max_position_embeddings
-        check_prompt(config, prompt, max_new_tokens, window, f"prompt {row}")
-    rule = None if exit is None else parse_exit_rule(exit)
-    require_choice(kv, KV_POLICIES, "kv")
-    require(
-        not published_rounding or (rule is not None and rule.kind == "q"), "exit", exit,
-        "q:… with published_rounding, which concerns no other rule",
-    )  # fmt: skip
     loops = config.num_loops if loops is None else loops
-    require(loops >= 1, "loops", loops, "at least 1")
-    window = max(len(prompt) for prompt in prompts) + max_new_tokens
+    settings = (temperature, top_p, top_k, seed)
     requests = [
-        Request(
-            prompt, max_new_tokens, temperature, top_p, top_k, seed, row, exit, loops,
-            frozenset(stop_ids),
-        )
+        Request(prompt, max_new_tokens, *settings, row, exit, loops, frozenset(stop_ids))
         for row, prompt in enumerate(prompts)
-    ]  # fmt: skip
-    for request in requests:
-        check_request(config, request, window, loops)
-    if rule is not None and rule.kind == "static" and kv == "full":
-        loops = int(rule.value)  # the cache need not hold what nothing reads
+    ]
+    _check(config, requests, kv, loops, published_rounding)
+    if kv == "full" and exit is not None and exit.startswith("static:"):
+        loops = int(parse_exit_rule(exit).value)  # the cache need not hold what nothing reads
         requests = [replace(request, loops=loops) for request in requests]
     slots = min(len(prompts), MOST_SLOTS)
+    window = max(len(prompt) for prompt in prompts) + max_new_tokens
     engine = Engine(config, params, kv, slots, window, loops, [slots], published_rounding)
     return _answer(engine, requests, on_token)
+
+
+def _check(config, requests: Sequence[Request], kv: str, loops: int, published_rounding: bool):
+    """Raises the ConfigErrors of `generate`; no parameters are needed to find a fault."""
+    require(len(requests) > 0, "prompts", [], "at least one prompt")
+    require_choice(kv, KV_POLICIES, "kv")
+    require(loops >= 1, "loops", loops, "at least 1")
+    window, exit = config.max_position_embeddings, requests[0].exit
+    for row, request in enumerate(requests):
+        check_prompt(config, request.prompt, request.max_new_tokens, window, f"prompt {row}")
+        rule = check_request(config, request, window, loops)
+        require(
+            not published_rounding or (rule is not None and rule.kind == "q"), "exit", exit,
+            "q:… with published_rounding, which concerns no other rule",
+        )  # fmt: skip
 
 
 def _answer(engine: Engine, requests: Sequence[Request], on_token: OnToken | None) -> Generation:

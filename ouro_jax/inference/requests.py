@@ -134,7 +134,7 @@ def beyond_training(config: ModelConfig, loops: int) -> str | None:
     if loops <= config.num_loops:
         return None
     return (
-        f"warning: loops = {loops} is beyond the {config.num_loops} of training. Expect no gain: "
-        "Ouro-1.4B, trained with 4, has MMLU 67.45 at 4 loops, 66.64 at 5 and 64.49 at 8 (paper, "
-        "Table 10)."
+        f"warning: loops = {loops}, and the model was trained with {config.num_loops}. The paper's "
+        "models, trained with 4, lose by more: Ouro-1.4B has 67.45 on MMLU after 4 loops, 66.64 "
+        "after 5 and 64.49 after 8 (Table 10)."
     )

@@ -50,7 +50,7 @@ def test_up_asked_and_stopped(checkpoint):
         _, errors = process.communicate(timeout=20)
         assert process.returncode == 0, errors
         # More loops than trained run, with a warning; a key is no reason for one.
-        assert "--loops=5: the model was trained with 4" in errors and "64.49" in errors
+        assert "loops = 5, and the model was trained with 4" in errors and "64.49" in errors
         assert "--host" not in errors
     finally:
         process.kill()
