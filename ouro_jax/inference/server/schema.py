@@ -166,7 +166,8 @@ def _is_text(value: str) -> bool:
 
 
 def _wrong(value: Any, schema: Schema, name: str, code: str) -> ApiError:
-    hint = nearest(value, schema["enum"]) if "enum" in schema and isinstance(value, str) else ""
+    is_name = isinstance(value, str) and "enum" in schema and schema["type"] == "string"
+    hint = nearest(value[:80], schema["enum"]) if is_name else ""
     words = f"{name} = {_shown(value)}: expected {expected(schema)}.{hint}"
     return ApiError(400, words, name, code)
 

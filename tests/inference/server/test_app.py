@@ -187,6 +187,7 @@ def test_the_official_client(client):
         ("", {"prompt": [999]}, "prompt", "the model's vocabulary"),
         ("", {"prompt": "x", "echo": True}, "echo", "one of false"),
         ("", {"prompt": "x", "frequency_penalty": 1}, "frequency_penalty", "one of 0"),
+        ("", {"prompt": "x", "best_of": "two"}, "best_of", 'best_of = "two": expected one of 1'),
         ("", {"prompt": "x", "n": 100}, "n", "expected at most 72"),
         ("", {"prompt": "x", "top_p": 0}, "top_p", "more than 0"),
     ],
