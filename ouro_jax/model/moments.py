@@ -93,7 +93,7 @@ def _layer_step(config: ModelConfig, layers: dict[str, Any], index: jax.Array, x
 
     layer = Layer(config, dense_attention)
     with nn.intercept_methods(watch):
-        out = layer.apply({"params": params}, (x_BLD, None), index, rotary, None, 0, positions_BL)
+        out = layer.apply({"params": params}, (x_BLD, None), index, rotary, None, None)
     (x_BLD, _), _ = cast(Any, out)
     return x_BLD, sums
 

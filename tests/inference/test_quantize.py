@@ -197,7 +197,7 @@ def test_generation_is_that_of_the_weights_it_stands_for(model, plain):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decoding_keeps_kernels_int8_and_makes_no_float_copy_of_them(dtype, model):
     """A quarter of float32 in the arguments, and nothing like a stack of floats beside them."""
-    config = dataclasses.replace(model[0], num_layers=8, hidden_size=128, dtype=dtype)
+    config = dataclasses.replace(model[0], num_layers=16, hidden_size=128, dtype=dtype)
     init = jax.eval_shape(LoopLM(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     floats = meta.unbox(init)["params"]
     params = jax.eval_shape(lambda tree: cast_params(config, quantize(config, tree)), floats)

@@ -106,11 +106,11 @@ def test_every_row_has_its_own_settings():
     rows = [(0.0, 0, 1.0), (1.0, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.5), (0.7, 4, 0.9)]
     logits_BV = jnp.broadcast_to(LOGITS_V, (len(rows), len(LOGITS_V)))
     together = Sampling(*(jnp.array(column) for column in zip(*rows, strict=True)))
-    keys_B = row_keys(3, len(rows))
+    keys_B, draw = row_keys(3, len(rows)), jax.jit(sample)
     for index in range(40):
         at_B = jnp.full(len(rows), index)
-        drawn = sample(logits_BV, together, keys_B, at_B).tolist()
+        drawn = draw(logits_BV, together, keys_B, at_B).tolist()
         for row, asked in enumerate(rows):
             mine = slice(row, row + 1)
-            alone = sample(logits_BV[mine], settings_of(*asked, rows=1), keys_B[mine], at_B[mine])
+            alone = draw(logits_BV[mine], settings_of(*asked, rows=1), keys_B[mine], at_B[mine])
             assert alone.tolist() == [drawn[row]]
