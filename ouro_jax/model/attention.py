@@ -4,6 +4,7 @@ B batch, L query positions, S key positions or cache slots, H heads, G KV heads,
 R = H / G query heads per KV head, Q = L · R queries of a KV head.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -59,11 +60,20 @@ def cached_attention(
     values = write(cache.values_CNRGSK, v_BLGK, policy, layer, address)
 
     def over(seen):
+        def attend_row(q_BLHK, keys, values, index):
+            k_GSK = read(keys, policy, layer, address, index, seen, dtype)
+            v_GSK = read(values, policy, layer, address, index, seen, dtype)
+            visible_LS = jnp.arange(seen) <= address.positions_BL[index, :, None]
+            q_1LHK = jax.lax.dynamic_index_in_dim(q_BLHK, index)
+            return _attend(q_1LHK, k_GSK[None], v_GSK[None], visible_LS[None], "BGSK")[0]
+
         def attend_to_seen(q_BLHK, keys, values):
-            k_BGSK = read(keys, policy, layer, address, seen, dtype)
-            v_BGSK = read(values, policy, layer, address, seen, dtype)
-            visible_BLS = jnp.arange(seen) <= address.positions_BL[:, :, None]
-            return _attend(q_BLHK, k_BGSK, v_BGSK, visible_BLS, "BGSK")
+            # Row by row, each out of the cache: rows stand at different loops, and to put what they
+            # read side by side would write and read it once more (CPU, 32 rows: 28 ms, not 15).
+            attend_one = functools.partial(attend_row, q_BLHK, keys, values)
+            if len(q_BLHK) == 1:
+                return attend_one(0)[None]
+            return jax.lax.map(attend_one, jnp.arange(len(q_BLHK)))
 
         return attend_to_seen
 

@@ -110,21 +110,17 @@ def read(
     policy: str,
     layer: jax.Array,
     address: Address,
+    index: jax.Array | int,
     seen: int,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """The first `seen` slots that the loop of each batch row reads: BGSK in `dtype`."""
+    """The first `seen` slots that the loop of batch row `index` reads: GSK in `dtype`."""
     groups, _, width = cache_CNRGSK.shape[3:]
-
-    def read_row(index):
-        set_index = address.loop_B[index] if policy in PER_LOOP else 0
-        start = (set_index, layer, address.rows_B[index], 0, 0, 0)
-        row = jax.lax.dynamic_slice(cache_CNRGSK, start, (1, 1, 1, groups, seen, width))
-        return with_layout_constraint(row, CACHE_LAYOUT)[0, 0, 0]
-
-    # Row by row and no gather, for whose sake XLA for TPU copies the cache with S outermost.
-    read_BGSK = jax.lax.map(read_row, jnp.arange(len(address.rows_B)))
-    return jax.lax.bitcast_convert_type(read_BGSK, dtype)
+    set_index = address.loop_B[index] if policy in PER_LOOP else 0
+    start = (set_index, layer, address.rows_B[index], 0, 0, 0)
+    row = jax.lax.dynamic_slice(cache_CNRGSK, start, (1, 1, 1, groups, seen, width))
+    row_GSK = with_layout_constraint(row, CACHE_LAYOUT)[0, 0, 0]
+    return jax.lax.bitcast_convert_type(row_GSK, dtype)
 
 
 def stand_in(

@@ -84,6 +84,17 @@ def some_cache(config, policy, rows=3, slots=8):
     return empty_cache(config, rows, slots, 4, policy)
 
 
+def all_rows(cache_CNRGSK, policy, layer, address, seen, dtype):
+    """What each row of a batch of three reads."""
+    dtype = jnp.dtype(dtype)
+    return jnp.stack(
+        [
+            read(cache_CNRGSK, policy, jnp.array(layer), address, row, seen, dtype)
+            for row in range(3)
+        ]
+    )
+
+
 def small_config(dtype="float32"):
     return ModelConfig(64, 32, 48, 2, 4, 2, 6, num_loops=4, dtype=dtype)
 
@@ -98,7 +109,7 @@ def test_a_write_changes_its_own_slots_only_and_comes_back_exactly(dtype, policy
     address = Address(jnp.array(loops), jnp.array(rows), positions_BL, jnp.array(8))
     new_BLGK = jax.random.normal(jax.random.key(0), (3, 2, 2, 6), dtype)
     after_CNRGSK = write(cache_CNRGSK, new_BLGK, policy, jnp.array(1), address)
-    read_BGSK = read(after_CNRGSK, policy, jnp.array(1), address, 8, jnp.dtype(dtype))
+    read_BGSK = all_rows(after_CNRGSK, policy, 1, address, 8, dtype)
     others = np.array(after_CNRGSK)
     for index in range(3):
         expected_GSK = np.zeros((2, 8, 6), dtype)
@@ -124,7 +135,7 @@ def test_a_mean_forgets_what_a_slot_held_even_if_it_is_no_number():
     for loop in range(3):
         address = Address(jnp.full(3, loop), rows_B, positions_BL, jnp.array(1))
         keys = write(keys, new_BLGK * (loop + 1), "mean", jnp.array(0), address)
-    read_BGSK = read(keys, "mean", jnp.array(0), address, 1, jnp.dtype("float32"))
+    read_BGSK = all_rows(keys, "mean", 0, address, 1, "float32")
     np.testing.assert_allclose(read_BGSK[:, :, 0], 2 * new_BLGK[:, 0], rtol=1e-6)
 
 
