@@ -26,14 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from flax.core import meta
 
-from benchmarks.measure import seconds, shown
+from benchmarks.measure import random_params, seconds, shown
 from ouro_jax.config import DTYPES, ModelConfig
 from ouro_jax.inference.generate import generate
-from ouro_jax.inference.slots import cast_params
 from ouro_jax.model.flops import forward_flops_per_token
-from ouro_jax.model.loop_lm import LoopLM
 
 PROMPT, NEW_TOKENS = 64, 64
 MATMUL_SIZE = 1536
@@ -106,12 +103,6 @@ def measure(dtype: str, batch: int, repeats: int) -> dict[str, Any]:
         "bound_tokens_per_second": median(bounds),
         "share_of_bound": median(t / b for t, b in zip(tokens, bounds, strict=True)),
     }
-
-
-def random_params(config: ModelConfig) -> dict:
-    """Fresh weights in the compute dtype."""
-    init = jax.jit(LoopLM(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-    return jax.block_until_ready(cast_params(config, meta.unbox(init)["params"]))
 
 
 def _bytes_per_step(config: ModelConfig, params: dict, batch: int) -> float:

@@ -23,8 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, flags
 
-from benchmarks.decode import random_params
-from benchmarks.measure import shown
+from benchmarks.measure import random_params, shown
 from ouro_jax.config import ModelConfig
 from ouro_jax.inference.engine import Engine
 from ouro_jax.inference.requests import Request
