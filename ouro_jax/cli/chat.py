@@ -25,7 +25,9 @@ from ouro_jax.errors import ConfigError
 flags.DEFINE_string("checkpoint", "", "Workdir, stage folder or Hugging Face folder.")
 flags.DEFINE_string("system", "", "The system prompt; unset: none.")
 flags.DEFINE_integer("max_new_tokens", 512, "Tokens of an answer at most.", 1)
-flags.DEFINE_string("exit", None, "static:2, q:0.8, hidden:0.05 or confidence:0.9; unset: all.")
+flags.DEFINE_string(
+    "exit", None, "static:2, q:0.8, hidden:0.05, confidence:0.9 or lookahead:0.8; unset: all loops."
+)
 flags.DEFINE_string("kv", "exited", "KV policy.")
 flags.DEFINE_integer("loops", None, "Loops to run; unset: as trained.", 1)
 flags.DEFINE_integer("window", None, "Positions of a conversation; unset: the model's, ≤ 4096.", 2)

@@ -164,7 +164,10 @@ def _shared(served: Served) -> dict[str, Schema]:
         "user": {"type": "string", "description": "Taken and not used."},
         "frequency_penalty": {"type": "number", "enum": [0], "description": "Not served."},
         "presence_penalty": {"type": "number", "enum": [0], "description": "Not served."},
-        "exit": {"type": "string", "description": "static:2, q:0.8, hidden:0.05, confidence:0.9."},
+        "exit": {
+            "type": "string",
+            "description": "static:2, q:0.8, hidden:0.05, confidence:0.9 or lookahead:0.8.",
+        },
         "kv": {"type": "string", "enum": list(served.engines), "default": served.default_kv},
         "loops": {"type": "integer", "minimum": 1, "maximum": most_loops},
         "depths": {
