@@ -1,13 +1,17 @@
-"""What the benchmarks share: timing one call, printing a figure, a model of random weights."""
+"""What the benchmarks share: timing one call, printing a figure, a model of random weights, rows of text."""
 
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
+from tokenizers import Tokenizer
 
 from ouro_jax.config import ModelConfig
+from ouro_jax.data import stdlib_text
+from ouro_jax.data.tokenizer import encode
 from ouro_jax.inference.slots import cast_params
 from ouro_jax.model.loop_lm import LoopLM
 
@@ -28,3 +32,14 @@ def random_params(config: ModelConfig) -> dict:
     """Fresh weights in the compute dtype."""
     init = jax.jit(LoopLM(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     return jax.block_until_ready(cast_params(config, meta.unbox(init)["params"]))
+
+
+def library_rows(tokenizer: Tokenizer, split: str, count: int, length: int) -> np.ndarray:
+    """Token ids [count, length] of Python's library, in turns of a module's code and its prose."""
+    ids: list[int] = []
+    for code, prose in zip(stdlib_text.code(split), stdlib_text.prose(split), strict=False):
+        # The first characters: no long module is to be all there is.
+        ids += [id for text in code + prose for id in encode(tokenizer, text[:3000])]
+        if len(ids) >= count * length:
+            return np.asarray(ids[: count * length], np.int32).reshape(count, length)
+    raise SystemExit(f"the {split} text has only {len(ids)} tokens")

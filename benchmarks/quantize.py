@@ -22,12 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax.core import meta
-from tokenizers import Tokenizer
 
+from benchmarks.measure import library_rows
 from ouro_jax.cli.open_checkpoint import open_checkpoint
 from ouro_jax.config import ModelConfig
-from ouro_jax.data import stdlib_text
-from ouro_jax.data.tokenizer import encode, load_tokenizer
+from ouro_jax.data.tokenizer import load_tokenizer
 from ouro_jax.inference.generate import generate
 from ouro_jax.inference.quantize import quantize
 from ouro_jax.inference.slots import cast_params
@@ -60,7 +59,7 @@ def measure_errors(path: str, loops: int) -> dict[str, list[float]]:
     checkpoint = open_checkpoint(path)
     config, params = checkpoint.config, checkpoint.params
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_file))
-    heldout_BL = _rows(tokenizer, "heldout", HELDOUT_ROWS)
+    heldout_BL = library_rows(tokenizer, "heldout", HELDOUT_ROWS, ROW)
 
     @jax.jit
     def run(params):
@@ -70,7 +69,7 @@ def measure_errors(path: str, loops: int) -> dict[str, list[float]]:
         return out.states_TBLD, jax.nn.log_softmax(cast(jax.Array, logits))
 
     states_TBLD, logp_TBLV = run(params)
-    calibration_BL = _rows(tokenizer, "train", CALIBRATION_ROWS)
+    calibration_BL = library_rows(tokenizer, "train", CALIBRATION_ROWS, ROW)
     found = {}
     for name, tree in (
         ("plain", quantize(config, params)),
@@ -85,17 +84,6 @@ def measure_errors(path: str, loops: int) -> dict[str, list[float]]:
         found[f"{name}: KL, 1e-6 nats"] = (1e6 * kl).tolist()
         found[f"{name}: same token"] = same.tolist()
     return found
-
-
-def _rows(tokenizer: Tokenizer, split: str, count: int) -> np.ndarray:
-    """Token ids [count, ROW], in turns of a module's code and a piece of prose."""
-    ids: list[int] = []
-    for code, prose in zip(stdlib_text.code(split), stdlib_text.prose(split), strict=False):
-        # The first characters: no long module is to be all there is.
-        ids += [id for text in code + prose for id in encode(tokenizer, text[:3000])]
-        if len(ids) >= count * ROW:
-            return np.asarray(ids[: count * ROW], np.int32).reshape(count, ROW)
-    raise SystemExit(f"the {split} text has only {len(ids)} tokens")
 
 
 def weight_bytes(num_layers: int) -> dict[str, int]:
