@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing one call, printing a figure, a model of random weights, rows of text."""
+"""What the benchmarks share: a timed call, a figure in print, a random model, rows of text."""
 
 import time
 from collections.abc import Callable
