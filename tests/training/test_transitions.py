@@ -89,7 +89,7 @@ def half_by_half(config, params, tokens_BL, inner_norm: bool):
                 x_BLD = norm.apply({"params": params["stack"]["norm"]}, x_BLD)
             weights = jax.tree.map(lambda leaf, i=index: leaf[i], params["stack"]["layers"])
             (x_BLD, _), _ = layer.apply(
-                {"params": weights}, (x_BLD, None), index, rotary, None, 0, positions_BL
+                {"params": weights}, (x_BLD, None), index, rotary, None, None
             )
         x_BLD = norm.apply({"params": params["stack"]["norm"]}, x_BLD)
         states.append(x_BLD)
