@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from ouro_jax.config import ModelConfig
 from ouro_jax.data import stdlib_text
 from ouro_jax.data.tokenizer import encode
-from ouro_jax.inference.slots import cast_params
+from ouro_jax.inference.slots import decoding_params
 from ouro_jax.model.loop_lm import LoopLM
 
 
@@ -29,9 +29,9 @@ def shown(value: str | float) -> str:
 
 
 def random_params(config: ModelConfig) -> dict:
-    """Fresh weights in the compute dtype."""
+    """Fresh weights as the engine holds them."""
     init = jax.jit(LoopLM(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-    return jax.block_until_ready(cast_params(config, meta.unbox(init)["params"]))
+    return jax.block_until_ready(decoding_params(config, meta.unbox(init)["params"]))
 
 
 def library_rows(tokenizer: Tokenizer, split: str, count: int, length: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from ouro_jax.config import ModelConfig
 from ouro_jax.data.tokenizer import load_tokenizer
 from ouro_jax.inference.generate import generate
 from ouro_jax.inference.quantize import quantize
-from ouro_jax.inference.slots import cast_params
+from ouro_jax.inference.slots import cast_params, decoding_params
 from ouro_jax.model.loop_lm import LoopLM
 
 ROW, CALIBRATION_ROWS, HELDOUT_ROWS = 128, 64, 32
@@ -112,8 +112,11 @@ def measure_speed(repeats: int) -> dict[str, float]:
     contenders = {}
     for dtype in ("float32", "bfloat16"):
         model = dataclasses.replace(config, dtype=dtype)
-        contenders[dtype] = model, cast_params(model, floats)
-        contenders[f"int8, computing {dtype}"] = model, cast_params(model, quantize(model, floats))
+        contenders[dtype] = model, decoding_params(model, floats)
+        contenders[f"int8, computing {dtype}"] = (
+            model,
+            decoding_params(model, quantize(model, floats)),
+        )
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT)).tolist()
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats + 1):

@@ -120,7 +120,7 @@ def _load(path: str) -> Any:
     from ouro_jax.inference.engine import Engine
     from ouro_jax.inference.requests import Request, beyond_training, check_request
     from ouro_jax.inference.server.protocol import Served
-    from ouro_jax.inference.slots import cast_params
+    from ouro_jax.inference.slots import decoding_params
     from ouro_jax.inference.text import stop_ids
 
     policies = [kv.strip() for kv in FLAGS.kv]
@@ -134,7 +134,7 @@ def _load(path: str) -> Any:
     window = FLAGS.window or min(DEFAULT_WINDOW, config.max_position_embeddings)
     if warning := beyond_training(config, FLAGS.loops or config.num_loops):
         print(warning, file=sys.stderr)
-    params = cast_params(config, checkpoint.params)  # once, and not for each engine
+    params = decoding_params(config, checkpoint.params)  # once, and not for each engine
     engines = {}
     for kv in policies:
         engines[kv] = Engine(config, params, kv, FLAGS.slots, window, FLAGS.loops)

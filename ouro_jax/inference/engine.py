@@ -32,7 +32,7 @@ from ouro_jax.inference.slots import (
     Asked,
     Program,
     Report,
-    cast_params,
+    decoding_params,
     empty_slots,
     leave_slot,
     read_piece,
@@ -101,7 +101,7 @@ class Engine:
         require(self.loops >= 1, "loops", self.loops, "at least 1")
         self._widths = _powers_of_two(slots) if widths is None else sorted(widths)
         self._program = Program(config, self.loops, published_rounding)
-        self._params = cast_params(config, params)
+        self._params = decoding_params(config, params)
         # The last slot is where nobody's writes go; the piece before it takes a prompt's padding.
         positions = -(-self.window // PIECE) * PIECE + PIECE
         self._parked = positions - 1

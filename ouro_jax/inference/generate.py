@@ -7,7 +7,6 @@ from ouro_jax.config import ModelConfig
 from ouro_jax.errors import require, require_choice
 from ouro_jax.inference.engine import Engine
 from ouro_jax.inference.requests import Request, check_prompt, check_request
-from ouro_jax.inference.slots import cast_params
 from ouro_jax.inference.speculate import Acceptance, speculative_generate
 from ouro_jax.model.cache import KV_POLICIES
 from ouro_jax.model.exit import parse_exit_rule
@@ -52,7 +51,8 @@ def generate(
     """Continues every prompt by up to `max_new_tokens` tokens.
 
     Args:
-      config, params: as `load_huggingface` gives them.
+      config, params: as `load_huggingface` gives them, or `decoding_params`, which spares every
+        call but the first the copy of the weights.
       prompts: token ids; their lengths may differ.
       temperature: 0 takes the most probable token.
       exit: `static:2`, `q:0.8`, `hidden:0.05`, `confidence:0.9` or `lookahead:0.8` says which
@@ -73,7 +73,7 @@ def generate(
     """
     if speculate is not None:
         return Generation(*speculative_generate(
-            config, cast_params(config, params), prompts, max_new_tokens, speculate,
+            config, params, prompts, max_new_tokens, speculate,
             temperature=temperature, top_p=top_p, top_k=top_k, exit=exit, kv=kv, loops=loops,
             stop_ids=stop_ids, seed=seed, published_rounding=published_rounding, on_token=on_token,
         ))  # fmt: skip

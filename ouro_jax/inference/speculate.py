@@ -20,6 +20,7 @@ from ouro_jax.errors import ConfigError, require
 from ouro_jax.inference.requests import Request, check_prompt, check_request
 from ouro_jax.inference.rounds import PREFILL_CHUNK, RoundProgram, play_round, read_prompts
 from ouro_jax.inference.sampling import Sampling, row_keys
+from ouro_jax.inference.slots import decoding_params
 
 if TYPE_CHECKING:
     from ouro_jax.inference.generate import OnToken
@@ -97,7 +98,7 @@ def speculative_generate(
     """Tokens and depths (all of them `loops`) of every row's answer, and how the drafts fared.
 
     Args:
-      params: in the compute dtype, as `cast_params` makes them.
+      params: as in `generate`.
       speculate: `SxM`, see `parse_speculation`.
       the others: as in `generate`. Greedy answers are those of plain decoding, sampled ones have
         the same distribution but are other draws.
@@ -110,12 +111,11 @@ def speculative_generate(
     require(loops >= 1, "loops", loops, "at least 1")
     draft_loops, drafts = parse_speculation(speculate, loops)
     _check_company(speculate, exit, kv, published_rounding)
-    require(len(prompts) > 0, "prompts", prompts, "at least one prompt")
-    for index, prompt in enumerate(prompts):
-        _check_prompt(config, prompt, max_new_tokens, drafts, index, speculate)
+    _check_prompts(config, prompts, max_new_tokens, drafts, speculate)
     settings = Request(prompts[0], max_new_tokens, temperature, top_p, top_k)
     check_request(config, settings, config.max_position_embeddings, loops)
 
+    params = decoding_params(config, params)
     prompts_BL, lengths_B = _padded(prompts)
     length = int(lengths_B.max()) + max_new_tokens + drafts
     num_slots = max(prompts_BL.shape[1], _multiple(length, BUCKET))
@@ -213,17 +213,19 @@ def _check_company(speculate: str, exit: str | None, kv: str, published_rounding
     )  # fmt: skip
 
 
-def _check_prompt(config, prompt, max_new_tokens, drafts, index, speculate):
-    """Raises ConfigError for a prompt that cannot be continued, with room for a round's drafts."""
+def _check_prompts(config, prompts, max_new_tokens, drafts, speculate):
+    """Raises ConfigError for prompts that cannot be continued, with room for a round's drafts."""
+    require(len(prompts) > 0, "prompts", prompts, "at least one prompt")
     window = config.max_position_embeddings
-    check_prompt(config, prompt, max_new_tokens, window, f"prompt {index}")
-    if len(prompt) + max_new_tokens + drafts > window:
-        raise ConfigError(
-            f"speculate = {speculate!r}: prompt {index} has {len(prompt):,} tokens; with "
-            f"max_new_tokens = {max_new_tokens:,} and {drafts} drafts behind the last one that is "
-            f"more than the model's window of {window:,} (max_position_embeddings). Draft less, "
-            "ask for fewer tokens or leave speculate out."
-        )
+    for index, prompt in enumerate(prompts):
+        check_prompt(config, prompt, max_new_tokens, window, f"prompt {index}")
+        if len(prompt) + max_new_tokens + drafts > window:
+            raise ConfigError(
+                f"speculate = {speculate!r}: prompt {index} has {len(prompt):,} tokens; with "
+                f"max_new_tokens = {max_new_tokens:,} and {drafts} drafts behind the last one that "
+                f"is more than the model's window of {window:,} (max_position_embeddings). Draft "
+                "less, ask for fewer tokens or leave speculate out."
+            )
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -29,8 +29,8 @@ class KVCache(struct.PyTreeNode):
     """Keys and values of every (loop, layer), or of every layer where loops share them.
 
     The S positions of a head lie next to each other: attention's products read them as they are.
-    The arrays hold the bits of the numbers (uint16 for bfloat16): XLA for CPU has no update of a
-    bfloat16 slice and would turn the whole cache into float32 and back for each (8 times slower).
+    Those of bfloat16 are held as their bits, uint16: XLA for CPU has no update of a bfloat16 slice
+    and would turn the whole cache into float32 and back for each (8 times slower).
     """
 
     keys_CNRGSK: jax.Array
@@ -64,8 +64,8 @@ def empty_cache(
         num_loops if policy in PER_LOOP else 1,
         config.num_layers, rows, config.num_kv_heads, num_slots, config.head_dim,
     )  # fmt: skip
-    bits = jnp.dtype(f"uint{8 * jnp.dtype(config.dtype).itemsize}")
-    return KVCache(jnp.zeros(shape, bits), jnp.zeros(shape, bits), policy)
+    held = jnp.uint16 if config.dtype == "bfloat16" else jnp.dtype(config.dtype)
+    return KVCache(jnp.zeros(shape, held), jnp.zeros(shape, held), policy)
 
 
 def write(
@@ -134,25 +134,24 @@ def stand_in(
 
     For the policy `exited`: what attends at a deeper loop later finds the exit loop's there.
     """
-    num_loops = cache.keys_CNRGSK.shape[0]
+    # One row, if XLA knows of it, becomes no loop: the last layer's write is then fused into the
+    # slice, a second time, and the cache is copied for it.
+    stop = jnp.where(jnp.any(leaves_B), len(rows_B), 0)
 
     def fill(array):
-        _, layers, _, groups, _, width = array.shape
+        loops, layers, _, groups, _, width = array.shape
+        loop_C = jnp.arange(loops).reshape(-1, *[1] * (array.ndim - 1))
 
         def fill_row(index, array):
-            loop, row, position = loop_B[index], rows_B[index], positions_B[index]
-            sizes = (1, layers, 1, groups, 1, width)
-            exited = jax.lax.dynamic_slice(array, (loop, 0, row, 0, position, 0), sizes)
-            exited = with_layout_constraint(exited, CACHE_LAYOUT)
+            loop = loop_B[index]
+            start = (0, 0, rows_B[index], 0, positions_B[index], 0)
+            column = jax.lax.dynamic_slice(array, start, (loops, layers, 1, groups, 1, width))
+            column = with_layout_constraint(column, CACHE_LAYOUT)
+            exited = jax.lax.dynamic_index_in_dim(column, loop)
+            column = jnp.where(leaves_B[index] & (loop_C > loop), exited, column)
+            return jax.lax.dynamic_update_slice(array, column, start)
 
-            def fill_loop(deeper, array):
-                start = (deeper, 0, row, 0, position, 0)
-                return jax.lax.dynamic_update_slice(array, exited, start)
-
-            stop = jnp.where(leaves_B[index], num_loops, 0)
-            return jax.lax.fori_loop(loop + 1, stop, fill_loop, array)
-
-        return jax.lax.fori_loop(0, len(rows_B), fill_row, array)
+        return jax.lax.fori_loop(0, stop, fill_row, array)
 
     return cache.replace(
         keys_CNRGSK=fill(cache.keys_CNRGSK), values_CNRGSK=fill(cache.values_CNRGSK)

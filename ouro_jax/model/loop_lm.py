@@ -41,14 +41,28 @@ class ExitGate(nn.Module):
 
 
 class Stack(nn.Module):
-    """One loop: all layers by a scan over their stacked weights, the final norm, the gate."""
+    """One loop: all layers, by a scan over stacked weights or one by one; final norm; gate."""
 
     config: ModelConfig
     attention: Attention
     remat: str
+    layers_apart: bool
 
     @nn.compact
     def __call__(self, x_BLD, rotary, segment_ids_BL, cache, address):
+        run = self._one_by_one if self.layers_apart else self._scanned
+        x_BLD, cache = run((x_BLD, cache), rotary, segment_ids_BL, address)
+        state_BLD = RMSNorm(self.config.norm_eps, name="norm")(x_BLD)
+        state_BLD = constrain(state_BLD, ("act_batch", "act_length", "act_embed"))
+        return state_BLD, ExitGate(name="early_exit_gate")(state_BLD), cache
+
+    def _one_by_one(self, carry, rotary, segment_ids_BL, address):
+        for index in range(self.config.num_layers):
+            layer = Layer(self.config, self.attention, name=f"layer_{index}")
+            carry, _ = layer(carry, index, rotary, segment_ids_BL, address)
+        return carry
+
+    def _scanned(self, carry, rotary, segment_ids_BL, address):
         layer = Layer
         if self.remat != "none":
             # Of the products, attention's have batch dimensions: its scores are never kept.
@@ -64,10 +78,16 @@ class Stack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.attention, name="layers")
         indices = jnp.arange(self.config.num_layers)
-        (x_BLD, cache), _ = layers((x_BLD, cache), indices, rotary, segment_ids_BL, address)
-        state_BLD = RMSNorm(self.config.norm_eps, name="norm")(x_BLD)
-        state_BLD = constrain(state_BLD, ("act_batch", "act_length", "act_embed"))
-        return state_BLD, ExitGate(name="early_exit_gate")(state_BLD), cache
+        return layers(carry, indices, rotary, segment_ids_BL, address)[0]
+
+
+def take_layers_apart(params: dict) -> dict:
+    """The same parameters with `layer_0`, `layer_1`, … in the stack instead of stacked `layers`."""
+    stack = dict(params["stack"])
+    layers = stack.pop("layers")
+    for index in range(len(jax.tree.leaves(layers)[0])):
+        stack[f"layer_{index}"] = jax.tree.map(lambda x, index=index: x[index], layers)
+    return {**params, "stack": stack}
 
 
 class Embedding(nn.Module):
@@ -112,17 +132,19 @@ class LoopLM(nn.Module):
     `remat`: `none`, `layer` (recompute each layer in the backward pass) or `loop_and_layer`
     (keep only the states between loops, recompute everything inside); `layer_dots` and
     `loop_and_layer_dots` keep the results of a layer's matrix products instead of computing them
-    again. `attention` is chosen by the floor above. Parameters and program size do not depend on
+    again. `attention` is chosen by the floor above. With `layers_apart` the parameters are those
+    that `take_layers_apart` returns, for inference. Parameters and program size do not depend on
     the number of loops.
     """
 
     config: ModelConfig
     attention: Attention = dense_attention
     remat: str = "layer"
+    layers_apart: bool = False
 
     def setup(self) -> None:
         self.embed_tokens = Embedding(self.config)
-        self.stack = Stack(self.config, self.attention, self.remat)
+        self.stack = Stack(self.config, self.attention, self.remat, self.layers_apart)
         self.lm_head = Head(self.config)
 
     def __call__(
