@@ -25,20 +25,19 @@ L positions of a pass, D model width.
 import json
 import statistics
 import time
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from flax.core import meta
 
-from benchmarks.measure import seconds, shown
+from benchmarks.measure import random_params, seconds, shown
 from ouro_jax.config import ModelConfig
 from ouro_jax.inference.generate import Generation, generate
+from ouro_jax.inference.slots import method
 from ouro_jax.inference.speculate import parse_speculation
 from ouro_jax.model.cache import empty_cache
-from ouro_jax.model.loop_lm import LoopLM
 
 PROMPT, NEW_TOKENS, LOOPS = 64, 64, 4
 
@@ -54,8 +53,7 @@ def main(_) -> None:
         num_kv_heads=8, head_dim=64, num_loops=LOOPS, dtype="float32",
         embedding_initializer_range=1.0,
     )  # fmt: skip
-    init = jax.jit(LoopLM(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-    params = meta.unbox(init)["params"]
+    params = random_params(config)
     rows = []
     for speculate in _SPECULATE.value:
         for change in map(float, _CHANGE.value):
@@ -136,15 +134,14 @@ def cost_of_width(config: ModelConfig, params: dict, width: int) -> float:
 
     Every pass is of T loops behind the prompt, with the cache.
     """
-    model = LoopLM(config, remat="none")
 
     @jax.jit
     def run(params, x_BLD):
+        run_loop = method(config, params, "loop")
         positions_BL = PROMPT + jnp.arange(x_BLD.shape[1])[None]
 
         def loop(carry, index):
-            inputs = (carry[0], index, positions_BL, carry[1])
-            x_BLD, _, cache = cast(Any, model.apply({"params": params}, *inputs, method="loop"))
+            x_BLD, _, cache = run_loop(carry[0], index, positions_BL, carry[1])
             return (x_BLD, cache), None
 
         cache = empty_cache(config, 1, PROMPT + NEW_TOKENS, LOOPS)
