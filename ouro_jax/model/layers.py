@@ -54,7 +54,25 @@ def project(equation: str, x: jax.Array, kernel: jax.Array, dtype: DTypeLike) ->
     of that a transposed copy of the cotangent (the widest array of the layer) and a product at
     half speed: 1.6 s of a training step of 7.8 s. Reverse mode only.
     """
-    return _product(equation, x, kernel, dtype)
+    if x.dtype != jnp.bfloat16:
+        return _product(equation, x, kernel, dtype)
+    # Not traced where there are gradients: a remat policy sees no product in it.
+    return jax.lax.platform_dependent(
+        x, kernel,
+        cpu=functools.partial(_product_on_cpu, equation, dtype=dtype),
+        default=functools.partial(_product, equation, dtype=dtype),
+    )  # fmt: skip
+
+
+def _product_on_cpu(equation, x, kernel, dtype):
+    """A bfloat16 product of at least two rows into float32, for which XLA for CPU has a kernel.
+
+    For others it turns the kernel into float32 first: 17 ms for 24 of 512 × 1408, not 1.9.
+    """
+    batch = len(x)
+    if x.shape[:2] == (1, 1):
+        x = jnp.concatenate([x, x])
+    return _product(equation, x, kernel, jnp.float32)[:batch].astype(dtype)
 
 
 def _product(equation, x, kernel, dtype):
