@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -9,13 +10,15 @@ class DataConfig:
     """Where prepared rows lie: `root/tokenizer.json`, `root/<source>/<split>-<length>/`.
 
     `embedded_bytes` > 0 prepares text found on any machine with Python under `root` first, at
-    most so many bytes of each source. `source_tokens` says how many tokens a source is expected
-    to hold: the dry run reckons with it until the source is prepared. Of the rows that a run reads
-    so many may be unreadable, and are skipped; one more ends the run.
+    most so many bytes of each source; `task` makes the rows of a synthetic task instead, by its
+    `name` and its settings (`data/tasks/`). `source_tokens` says how many tokens a source is
+    expected to hold: the dry run reckons with it until the source is prepared. Of the rows that a
+    run reads so many may be unreadable, and are skipped; one more ends the run.
     """
 
     root: str = "data"
     embedded_bytes: int = 0
+    task: Mapping[str, Any] = field(default_factory=dict)
     source_tokens: Mapping[str, int] = field(default_factory=dict)
     max_bad_rows: int = 0
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ouro_jax.data import arithmetic, stdlib_text
 from ouro_jax.data.corpus import Corpus, texts_of
+from ouro_jax.data.folder import rename_unless_there
 from ouro_jax.data.prepare import plan_preparation, prepare
 from ouro_jax.data.splits import in_split
 from ouro_jax.data.tokenizer import train_tokenizer
@@ -64,20 +65,11 @@ def build_embedded(
         _build(temporary, vocab_size, settings["sequence_lengths"], max_bytes_per_source)
         (temporary / "settings.json").write_text(text + "\n")
         temporary.chmod(0o755)
-        _rename_unless_there(temporary, final)
+        rename_unless_there(temporary, final)
     except BaseException:
         shutil.rmtree(temporary)
         raise
     return final
-
-
-def _rename_unless_there(temporary: Path, final: Path) -> None:
-    try:
-        temporary.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
-        shutil.rmtree(temporary)  # another process was faster; its rows are the same
 
 
 def _build(

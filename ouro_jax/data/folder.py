@@ -7,6 +7,7 @@ object storage.
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -187,3 +188,13 @@ class Folder:
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
+
+
+def rename_unless_there(temporary: Path, final: Path) -> None:
+    """Renames a folder that was built aside; if another process was faster, it is removed."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(temporary)  # the other one's rows are the same

@@ -32,6 +32,7 @@ from ouro_jax.data.rows import (
     open_rows,
     padding_row,
 )
+from ouro_jax.data.tasks.rows import TaskRows, open_task_rows
 from ouro_jax.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_hash
 from ouro_jax.errors import ConfigError, nearest
 
@@ -64,7 +65,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Mapping[str, RowSource],
+        sources: Mapping[str, RowSource | TaskRows],
         order: Interleave,
         seeds: Mapping[str, int],
         first_rows: Mapping[str, int] | None = None,
@@ -227,10 +228,10 @@ def open_source(
     split: str,
     sequence_length: int,
     expected_vocab_size: int | None = None,
-) -> RowSource:
+) -> RowSource | TaskRows:
     """The rows of one source, checked against the tokenizer at `root`; errors as above."""
     directory = _find_rows(epath.Path(root), source, split, sequence_length)
-    rows = open_rows(directory)
+    rows = open_task_rows(root, directory) or open_rows(directory)
     _check_tokenizer(epath.Path(root), directory, rows.manifest, expected_vocab_size)
     if rows.manifest.sequence_length != sequence_length:
         raise ConfigError(

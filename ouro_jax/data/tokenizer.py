@@ -165,9 +165,12 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of text that each token stands for: int32 [V]; special tokens count 0.
 
-    In a byte-level vocabulary every character of an entry stands for one byte. ConfigError for
-    tokenizers of another kind.
+    In a byte-level vocabulary every character of an entry stands for one byte; a word of a
+    word-level one stands for itself and a space. ConfigError for tokenizers of another kind.
     """
+    if isinstance(tokenizer.model, models.WordLevel):
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        return np.array([len(word.encode()) + 1 for word, _ in vocabulary], np.int32)
     if "ByteLevel" not in str(tokenizer.decoder):
         raise ConfigError("Bits per byte need a byte-level tokenizer; this one is of another kind.")
     lengths_V = np.zeros(vocabulary_size(tokenizer), np.int32)

@@ -14,6 +14,7 @@ from etils import epath
 from ouro_jax.config import Config, to_dict
 from ouro_jax.data.bad_rows import BadRows
 from ouro_jax.data.embedded import SOURCES, build_embedded
+from ouro_jax.data.tasks.rows import build_task
 from ouro_jax.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from ouro_jax.errors import ConfigError
 from ouro_jax.parallel.hosts import barrier, from_first, require_same, require_shared
@@ -198,10 +199,12 @@ def _finish(run: RunContext) -> dict[str, Any]:
 
 
 def prepare_data(config: Config) -> epath.Path:
-    """The data root of a run; makes the embedded text first where the config asks for it."""
+    """The data root of a run; makes embedded text or a task first where the config asks for it."""
+    lengths = sorted({stage.sequence_length for _, stage in config.stream()})
+    if config.data.task:
+        return epath.Path(build_task(config.data.root, config.data.task, lengths))
     if not config.data.embedded_bytes:
         return epath.Path(config.data.root)
-    lengths = sorted({stage.sequence_length for _, stage in config.stream()})
     root = build_embedded(
         config.data.root,
         vocab_size=config.model.vocab_size,
