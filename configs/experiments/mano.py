@@ -1,0 +1,134 @@
+"""Mano, arithmetic on prefix expressions modulo a number: looping buys manipulation of knowledge.
+
+  ouro experiment mano --protocol=smoke --workdir=runs/mano_smoke    under two minutes
+  ouro experiment mano --protocol=small --workdir=runs/mano          on two cores, see below
+  ouro experiment mano --protocol=paper --workdir=runs/mano_paper    252 runs of 10 to 26B tokens
+
+Needs nothing: problems are drawn while training, and those evaluated are kept out of it. Expect
+1 ⊗ 4 far above 1 ⊗ 1, which has as many parameters; 4 ⊗ 1, which has as many FLOPs and four times
+the parameters, spreads widely over seeds. `small` trains each model on 24.6 M tokens.
+
+`paper` follows sections 6.2 and B.2; it trains on the last loop's loss, since the paper does not
+say which it took, and on all tokens.
+"""
+
+from ml_collections import ConfigDict
+
+from ouro_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Stage,
+    to_config_dict,
+)
+from ouro_jax.data.tasks.rows import make_task
+from ouro_jax.errors import require_choice
+from ouro_jax.experiments.experiment import (
+    PROTOCOLS,
+    Experiment,
+    looped_and_baselines,
+    model,
+    rates,
+    seeds_first,
+)
+from ouro_jax.experiments.sweep import Overrides, product
+
+TASKS = {
+    "smoke": {"name": "mano", "max_length": 2, "modulus": 3, "loss_on": "answer",
+              "heldout_problems": 20, "other_lengths": (1, 3)},
+    "small": {"name": "mano", "max_length": 4, "modulus": 5, "loss_on": "answer",
+              "other_lengths": (2, 3, 5, 6)},
+    "paper": {"name": "mano", "max_length": 10, "modulus": 23},
+}  # fmt: skip
+# Layers, width, heads, MLP width; rows of a batch, row length, steps, warm-up steps, learning rate.
+SHAPES = {
+    "smoke": (1, 32, 2, 64, 64, 16, 300, 30, 4e-3),
+    "small": (1, 96, 3, 256, 216, 20, 6000, 100, 4e-3),
+    "paper": (2, 1024, 16, 2816, 128, 1024, 80_000, 1000, 2e-4),
+}
+PAPER_STEPS = {10: 80_000, 16: 110_000, 24: 200_000}
+
+
+def get_config(protocol: str = "small") -> ConfigDict:
+    """`smoke`, `small` or `paper`: the looped model; `get_experiment` changes layers and loops."""
+    require_choice(protocol, PROTOCOLS, "configs/experiments/mano.py protocol")
+    layers, width, heads, mlp, rows, length, steps, warmup, rate = SHAPES[protocol]
+    task = TASKS[protocol]
+    stage = Stage(
+        tokens=steps * rows * length,
+        sequence_length=length,
+        batch_tokens=rows * length,
+        num_layers=layers,
+        num_loops=4,
+        mixture={"mano": 1.0},
+        learning_rate=rate,
+        final_learning_rate=rate / 10,
+        schedule="cosine",
+        warmup_tokens=warmup * rows * length,
+        objective="last_loop",
+    )
+    config = Config(
+        name=f"mano_{protocol}",
+        model=ModelConfig(
+            vocab_size=len(make_task(task).vocabulary), hidden_size=width, intermediate_size=mlp,
+            num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
+            initializer_range=width**-0.5, embedding_initializer_range=1.0,
+            dtype="bfloat16" if protocol == "paper" else "float32",
+        ),
+        stages={"stable_1a": stage},
+        data=DataConfig(root="data/experiments", task=task),
+        optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0),
+        checkpoint=CheckpointConfig(every_tokens=stage.tokens),
+        evaluation=EvaluationConfig(every_tokens=stage.tokens // 12),
+        logging=LoggingConfig(every_steps=100 if protocol == "small" else 10, tensorboard=False),
+    )  # fmt: skip
+    return to_config_dict(config)
+
+
+def get_experiment(protocol: str = "small") -> Experiment:
+    """The models of a protocol, their seeds, and the paper's table."""
+    if protocol == "paper":
+        return Experiment("mano", _paper_runs(), axis="max_length", published=PUBLISHED)
+    loops, seeds = (2, (0,)) if protocol == "smoke" else (4, (0, 1, 2))
+    differences = [
+        f"expressions of up to {TASKS[protocol]['max_length']} operations modulo "
+        f"{TASKS[protocol]['modulus']}, not 10 to 24 modulo 23",
+        f"width {SHAPES[protocol][1]} and one layer, not 1,024 and 2 to 6",
+        "loss on the answer, not on all tokens",
+        "one learning rate for all models, not the best of four",
+    ]
+    runs = seeds_first(
+        product(rates([SHAPES[protocol][-1]]), looped_and_baselines(1, loops)), seeds
+    )
+    return Experiment("mano", runs, published=PUBLISHED, differences=differences)
+
+
+def _paper_runs() -> list[Overrides]:
+    models = [run for layers, loops in ((12, 1), (2, 1), (2, 6), (3, 1), (3, 4), (6, 1), (6, 2))
+              for run in model(layers, loops)]  # fmt: skip
+    lengths = [
+        {
+            "data.task.max_length": length,
+            "model.vocab_size": len(make_task(TASKS["paper"] | {"max_length": length}).vocabulary),
+            "stages.*.tokens": steps * 128 * 1024,
+        }
+        for length, steps in PAPER_STEPS.items()
+    ]
+    return product(lengths, rates([5e-5, 1e-4, 2e-4, 5e-4]), seeds_first(models, (0, 1, 2)))
+
+
+# Paper, Figure 6 (right): accuracy in percent at L = 10, 16 and 24.
+PUBLISHED = [
+    {"layers": layers, "loops": loops, "max_length": length, "exact": percent / 100}
+    for layers, loops, percents in (
+        (12, 1, (93.6, 94.4, 34.8)),
+        (2, 1, (21.5, 8.4, 7.5)), (2, 6, (98.1, 96.3, 78.0)),
+        (3, 1, (75.4, 29.8, 11.0)), (3, 4, (97.9, 95.8, 92.2)),
+        (6, 1, (84.7, 59.5, 20.0)), (6, 2, (93.4, 88.5, 35.1)),
+    )
+    for length, percent in zip((10, 16, 24), percents, strict=True)
+]  # fmt: skip
