@@ -19,6 +19,7 @@ from ouro_jax.config import (
     Config,
     DataConfig,
     EvaluationConfig,
+    LayoutConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -45,6 +46,8 @@ TASKS = {
     "paper": {"name": "mano", "max_length": 10, "modulus": 23},
 }  # fmt: skip
 # Layers, width, heads, MLP width; rows of a batch, row length, steps, warm-up steps, learning rate.
+# On CPU the small model's step takes 0.26 s in microbatches of 54 rows, which stay in the cache, and
+# 0.40 s in one of 216.
 SHAPES = {
     "smoke": (1, 32, 2, 64, 64, 16, 300, 30, 4e-3),
     "small": (1, 96, 3, 256, 216, 20, 6000, 100, 4e-3),
@@ -81,6 +84,7 @@ def get_config(protocol: str = "small") -> ConfigDict:
         ),
         stages={"stable_1a": stage},
         data=DataConfig(root="data/experiments", task=task),
+        layout=LayoutConfig(microbatch_rows=54 if protocol == "small" else 0),
         optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0),
         checkpoint=CheckpointConfig(every_tokens=stage.tokens),
         evaluation=EvaluationConfig(every_tokens=stage.tokens // 12),

@@ -27,9 +27,9 @@ from absl import flags
 from rich.console import Console
 
 from ouro_jax.cli.common import FLAGS, call_file, required, run_verb
-from ouro_jax.config import to_dict
+from ouro_jax.cli.sweep_runs import check_same_configs, run_here, train_command
 from ouro_jax.errors import ConfigError, RunError, require, require_choice
-from ouro_jax.experiments.sweep import PlannedRun, Sweep, plan_runs
+from ouro_jax.experiments.sweep import Sweep, plan_runs
 
 flags.DEFINE_string("workdir", "", "Folder of the sweep: a folder for each run, and the results.")
 flags.DEFINE_integer("workers", 1, "Runs at a time on this machine; 0: only show the results.")
@@ -54,10 +54,9 @@ def main(file: str = "") -> Mapping[str, Any] | None:
         run.name: [f"--config={sweep.base}", *run.flags(), f"--workdir={workdir / run.name}"]
         for run in runs
     }
-    for run in runs:
-        _check_same_config(run, workdir / run.name)
+    check_same_configs(runs, workdir)
     if FLAGS.run >= 0:
-        os.execv(sys.executable, _train(commands[runs[FLAGS.run].name]))
+        os.execv(sys.executable, train_command(commands[runs[FLAGS.run].name]))
     # Loading matplotlib and jax takes seconds; what is wrong above should not wait for them.
     from ouro_jax.reporting.sweep import read_result
 
@@ -74,22 +73,8 @@ def main(file: str = "") -> Mapping[str, Any] | None:
         )
     if FLAGS.dry_run or FLAGS.submit:
         return {"workdir": str(workdir), "unfinished": unfinished}
-    todo = {name: _train(commands[name]) for name in unfinished if FLAGS.workers}
-    return _show(results, _run_here(runs, todo, workdir), workdir)
-
-
-def _train(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "ouro_jax.cli.train", *arguments]
-
-
-def _check_same_config(run: PlannedRun, folder: Path) -> None:
-    """A run's name says only what it overrides: the rest must be what it was begun with."""
-    file, config = folder / "config.json", json.dumps(to_dict(run.config))
-    if file.is_file() and json.loads(file.read_text()) != json.loads(config):
-        raise ConfigError(
-            f"{folder} was begun with another config than the sweep has now; restore the sweep "
-            "file and its base, or choose another --workdir."
-        )
+    todo = {name: train_command(commands[name]) for name in unfinished if FLAGS.workers}
+    return _show(results, run_here(runs, todo, workdir, FLAGS.workers), workdir)
 
 
 def _submit(file: str, workdir: Path, numbers: Sequence[int]) -> None:
@@ -118,20 +103,6 @@ def _launch(script: str, *arguments: str) -> None:
         raise ConfigError(f"--submit={FLAGS.submit}: launch/{script}.sh refused it, as said above.")
     if code:
         raise RunError(f"launch/{script}.sh ended with code {code}, as said above.")
-
-
-def _run_here(
-    runs: Sequence[PlannedRun], commands: Mapping[str, Sequence[str]], workdir: Path
-) -> dict[str, str]:
-    """Runs the commands, showing how far they are; returns what went wrong, by name."""
-    from ouro_jax.cli.sweep_progress import SweepProgress
-    from ouro_jax.experiments.sweep_runner import run_commands
-
-    if not commands:
-        return {}
-    tokens = {run.name: sum(stage.tokens for _, stage in run.config.stream()) for run in runs}
-    with SweepProgress(tokens, commands, workdir) as progress:
-        return run_commands(commands, workdir, FLAGS.workers, progress.changed, progress.tick)
 
 
 def _show(results: Any, failed: Mapping[str, str], workdir: Path) -> Mapping[str, Any]:

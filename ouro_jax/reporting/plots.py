@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -20,6 +20,7 @@ from ouro_jax.reporting.heldout import heldout_rows
 from ouro_jax.reporting.history import Record, RunHistory, StageHistory, short_count, short_time
 from ouro_jax.training.timing import LOST_PARTS, PARTS
 
+T = TypeVar("T")
 MAX_LOOP_COLOURS = 8
 # Matplotlib wants real colours; no two of these, nor any of its own, are equal.
 STAND_INS = {
@@ -106,12 +107,12 @@ class TokenAxis:
             axes.set_xlabel("tokens seen")
 
 
-def svg(draw: Callable[[RunHistory, Canvas], Figure], run: RunHistory, canvas: Canvas) -> str:
+def svg(draw: Callable[[T, Canvas], Figure], drawn: T, canvas: Canvas) -> str:
     """Draws a figure and returns its `<svg>` element, for a page that has the CSS variables."""
     # Element ids are hashed with the salt: unlike in every other figure of the page.
     salt = f"{draw.__name__}-{canvas.name}"
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
-        figure, buffer = draw(run, canvas), io.StringIO()
+        figure, buffer = draw(drawn, canvas), io.StringIO()
         none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=none)
     return _for_a_page(buffer.getvalue(), canvas)

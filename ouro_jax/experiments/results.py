@@ -1,0 +1,101 @@
+"""Evaluates the trained runs of an experiment into `WORKDIR/results.jsonl`, once each."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ouro_jax.config import ModelConfig, num_parameters
+from ouro_jax.data.mixture import open_source
+from ouro_jax.data.rows import RowSource
+from ouro_jax.data.tasks.rows import make_task
+from ouro_jax.data.tasks.task import Task
+from ouro_jax.errors import ConfigError
+from ouro_jax.experiments.answers import Score, has_many_answers, judge_answers, score_answers
+from ouro_jax.experiments.sweep import PlannedRun
+from ouro_jax.training.checkpoint_files import checkpoint_root, steps_of
+from ouro_jax.training.checkpoints import load_params, load_position
+from ouro_jax.training.curriculum import StagePlan
+from ouro_jax.training.trainer import prepare_data
+
+RESULTS = "results.jsonl"
+Record = dict[str, Any]
+
+
+def read_results(workdir: Path) -> list[Record]:
+    """The records of `workdir/results.jsonl`, none if there is no such file.
+
+    ConfigError names a line that cannot be read; a last line that was cut short is none.
+    """
+    path = workdir / RESULTS
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if not line.endswith("\n"):
+                break
+            raise ConfigError(f"{path}, line {number}: not JSON ({error}); delete it.") from error
+    return records
+
+
+def evaluate_runs(
+    runs: Sequence[PlannedRun], workdir: Path, loops: Sequence[int], tell: Callable[[str], None]
+) -> list[Record]:
+    """Evaluates each finished run that is not in results.jsonl yet; returns all its records.
+
+    A record says what one run scored on one held-out set after one number of loops. The records
+    of a run are written together, so one that was interrupted is evaluated again.
+    """
+    records = read_results(workdir)
+    known = {record["run"] for record in records}
+    for run in runs:
+        if run.name in known or not is_finished(run, workdir / run.name):
+            continue
+        tell(f"{run.name}: evaluating")
+        new = list(_evaluate(run, workdir / run.name, loops))
+        records += new
+        with (workdir / RESULTS).open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in new))
+    return records
+
+
+def is_finished(run: PlannedRun, folder: Path) -> bool:
+    """Whether the last stage of a run has been trained to its end."""
+    name, stage = run.config.stream()[-1]
+    root = checkpoint_root(folder)
+    if not folder.is_dir() or not steps_of(root / name):
+        return False
+    return load_position(root / name).rows >= StagePlan(name, stage).total_rows
+
+
+def _evaluate(run: PlannedRun, folder: Path, loops: Sequence[int]) -> Iterator[Record]:
+    name, stage = run.config.stream()[-1]
+    root, task = prepare_data(run.config), make_task(run.config.data.task)
+    position, params = load_params(folder)
+    described = {
+        "kind": "answers", "run": run.name, "labels": run.labels, "layers": stage.num_layers,
+        "trained_loops": stage.num_loops, "seed": run.config.seed,
+        "learning_rate": stage.learning_rate, "parameters": num_parameters(position.model),
+        "tokens": position.tokens_seen, "step": position.step,
+    }  # fmt: skip
+    for heldout in task.heldout_sets:
+        rows = open_source(root, heldout, "heldout", stage.sequence_length)
+        assert isinstance(rows, RowSource), "held-out rows are files"
+        for score in _scores(position.model, params, task, heldout, rows, loops):
+            yield {
+                **described, "set": heldout, "chance": task.chance(heldout),
+                **dataclasses.asdict(score),
+            }  # fmt: skip
+
+
+def _scores(
+    model: ModelConfig, params: Any, task: Task, heldout: str, rows: RowSource,
+    loops: Sequence[int],
+) -> list[Score]:  # fmt: skip
+    if has_many_answers(task, heldout):
+        return judge_answers(model, params, task, heldout, loops)
+    return score_answers(model, params, rows, loops)

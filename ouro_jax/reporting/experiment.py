@@ -1,0 +1,178 @@
+"""What the models of an experiment came to: a summary, a table, figures and one page."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ouro_jax.reporting import experiment_plots, page
+from ouro_jax.reporting.plots import NARROW, WIDE, svg
+
+Record = Mapping[str, Any]
+REPORT, FIGURE = "report.html", "results.png"
+
+
+def summarise(records: Sequence[Record], axis: str = "") -> list[dict[str, Any]]:
+    """One entry per model, value of `axis` (a label of the runs) and held-out set.
+
+    Accuracy is the exact match at the depth that the model was trained for. Of several learning
+    rates the one with the best mean over seeds counts for `seeds`, `mean` and `spread` (largest
+    minus smallest); `best` is the best of all runs, which is what the paper reports.
+    """
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        if record["kind"] == "answers" and record["loops"] == record["trained_loops"]:
+            key = (record["set"], record["labels"].get(axis), record["layers"],
+                   record["trained_loops"])  # fmt: skip
+            groups.setdefault(key, []).append(record)
+    looped = {(layers, loops) for _, _, layers, loops in groups if loops > 1}
+    return [
+        {
+            "set": name, "axis": value, "model": f"{layers}x{loops}", "layers": layers,
+            "loops": loops, "role": role(layers, loops, looped), **_accuracy(members),
+        }
+        for (name, value, layers, loops), members in groups.items()
+    ]  # fmt: skip
+
+
+def role(layers: int, loops: int, looped: set[tuple[int, int]]) -> str:
+    """What a model stands for beside the `looped` ones, (layers, loops) each."""
+    if loops > 1:
+        return "looped"
+    parts = []
+    if any(layers == other for other, _ in looped):
+        parts.append("iso-parameter")
+    if any(layers == other * times for other, times in looped):
+        parts.append("iso-FLOP")
+    return ", ".join(parts)
+
+
+def _accuracy(members: Sequence[Record]) -> dict[str, Any]:
+    rates: dict[float, list[Record]] = {}
+    for record in members:
+        rates.setdefault(record["learning_rate"], []).append(record)
+    best_rate = max(rates, key=lambda rate: statistics.fmean(r["exact"] for r in rates[rate]))
+    chosen = sorted(rates[best_rate], key=lambda record: record["seed"])
+    exact = [record["exact"] for record in chosen]
+    return {
+        "parameters": chosen[0]["parameters"], "tokens": chosen[0]["tokens"],
+        "chance": chosen[0]["chance"], "learning_rate": best_rate, "num_rates": len(rates),
+        "seeds": exact, "mean": statistics.fmean(exact), "spread": max(exact) - min(exact),
+        "best": max(record["exact"] for record in members),
+    }  # fmt: skip
+
+
+COLUMNS: tuple[str, ...] = (
+    "set", "model", "role", "parameters", "learning rate", "seeds", "mean", "spread", "best",
+    "chance",
+)  # fmt: skip
+
+
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    name = entry["set"] if entry["axis"] is None else f"{entry['set']}, {entry['axis']:,}"
+    return [
+        name, entry["model"], entry["role"], f"{entry['parameters']:,}",
+        f"{entry['learning_rate']:g}", " ".join(f"{value:.3f}" for value in entry["seeds"]),
+        f"{entry['mean']:.3f}", f"{entry['spread']:.3f}", f"{entry['best']:.3f}",
+        f"{entry['chance']:.3f}",
+    ]  # fmt: skip
+
+
+def results_table(summary: Sequence[Mapping[str, Any]]) -> Table:
+    """The summary for a terminal."""
+    table = Table(
+        title="exact match at the trained depth", title_justify="left", box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )  # fmt: skip
+    # The page has all columns; these fit into 80 characters.
+    shown = [name for name in COLUMNS if name not in ("parameters", "learning rate", "spread")]
+    for name in shown:
+        left = name in ("set", "model", "role")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for entry in summary:
+        cells: dict[str, str] = dict(zip(COLUMNS, _cells(entry), strict=True))
+        bold = "bold" if entry["role"] == "looped" else ""
+        table.add_row(*(cells[name] for name in shown), style=bold)
+    return table
+
+
+def write_report(
+    title: str,
+    records: Sequence[Record],
+    summary: Sequence[Mapping[str, Any]],
+    workdir: Path,
+    *,
+    axis: str = "",
+    published: Sequence[Mapping[str, Any]] = (),
+    differences: Sequence[str] = (),
+) -> list[Path]:
+    """Writes `results.png` and `report.html` into `workdir`; returns their paths, none if empty."""
+    if not summary:
+        return []
+    main = summary[0]["set"]
+    results = experiment_plots.Results(
+        [entry for entry in summary if entry["set"] == main],
+        [record for record in records if record["kind"] == "answers" and record["set"] == main],
+        axis,
+    )
+    figure = experiment_plots.save_png(results, workdir / FIGURE)
+    path = workdir / REPORT
+    body = [
+        _header(title, summary, workdir),
+        page.section(
+            "Results", "Exact match on held-out problems, after as many loops as were trained.",
+            _table(COLUMNS, [_cells(entry) for entry in summary]),
+        ),
+        *(_figure(plot, results) for plot in experiment_plots.PLOTS if plot.shows(results)),
+        _published(published, differences),
+    ]  # fmt: skip
+    path.write_text(page.document(f"{title} · experiment", body), encoding="utf-8")
+    return [figure, path]
+
+
+def _figure(plot: experiment_plots.Plot, results: experiment_plots.Results) -> str:
+    drawings = [svg(plot.draw, results, canvas) for canvas in (WIDE, NARROW)]
+    return page.figure(plot.title, drawings, plot.look_for)
+
+
+def _header(title: str, summary: Sequence[Mapping[str, Any]], workdir: Path) -> str:
+    main = [entry for entry in summary if entry["set"] == summary[0]["set"]]
+    facts = [
+        ("Models", str(len({entry["model"] for entry in main})), workdir.name),
+        ("Runs", str(sum(len(entry["seeds"]) for entry in main)), "of the best learning rates"),
+        ("Chance", f"{main[0]['chance']:.3f}", "the best answer without reading"),
+    ]
+    return (
+        '<header>\n<p class="kicker">A controlled experiment with looped language models</p>\n'
+        f'<h1>{escape(title)}</h1>\n<p class="lead">A looped model k x T runs k layers T times. '
+        "Beside it stand models without loops: one with as many parameters, one with as many "
+        f"FLOPs.</p>\n{page.fact_list(facts)}</header>\n"
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in rows
+    )
+    return (
+        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{lines}</tbody>\n</table></div>\n"
+    )
+
+
+def _published(published: Sequence[Mapping[str, Any]], differences: Sequence[str]) -> str:
+    if not published:
+        return ""
+    columns = list(published[0])
+    rows = [[str(row[column]) for column in columns] for row in published]
+    items = "".join(f"<li>{escape(text)}</li>\n" for text in differences)
+    differ = f"<p>Here it is otherwise:</p>\n<ul>\n{items}</ul>\n" if differences else ""
+    return page.section(
+        "The paper's numbers", "Read from the paper's table or figure; see the card for where.",
+        _table(columns, rows) + differ,
+    )  # fmt: skip
