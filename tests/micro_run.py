@@ -98,6 +98,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def ouro(verb: str, *arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
+def ouro(
+    verb: str, *arguments: str, devices: int = 1, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
     """`ouro VERB …` in a process of its own, its output captured."""
-    return subprocess.run(**command(verb, *arguments, devices=devices), capture_output=True)
+    return subprocess.run(
+        **command(verb, *arguments, devices=devices), capture_output=True, cwd=cwd
+    )

@@ -46,8 +46,8 @@ TASKS = {
     "paper": {"name": "mano", "max_length": 10, "modulus": 23},
 }  # fmt: skip
 # Layers, width, heads, MLP width; rows of a batch, row length, steps, warm-up steps, learning rate.
-# On CPU the small model's step takes 0.26 s in microbatches of 54 rows, which stay in the cache, and
-# 0.40 s in one of 216.
+# On CPU the small model's step takes 0.26 s in microbatches of 54 rows, which stay in the cache,
+# and 0.40 s in one of 216.
 SHAPES = {
     "smoke": (1, 32, 2, 64, 64, 16, 300, 30, 4e-3),
     "small": (1, 96, 3, 256, 216, 20, 6000, 100, 4e-3),

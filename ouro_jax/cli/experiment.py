@@ -49,10 +49,10 @@ def main(name: str = "") -> Mapping[str, Any] | None:
             print(shlex.join(["ouro", "train", *command]))
         return {"workdir": str(workdir), "runs": list(commands)}
     # Loading jax takes seconds; what is wrong above should not wait for it.
-    from ouro_jax.experiments.results import is_finished
+    from ouro_jax.experiments.results import unfinished
 
-    todo = {run.name: train_command(commands[run.name]) for run in runs
-            if FLAGS.workers and not is_finished(run, workdir / run.name)}  # fmt: skip
+    todo = {run.name: train_command(commands[run.name]) for run in unfinished(runs, workdir)
+            if FLAGS.workers}  # fmt: skip
     failed = run_here(runs, todo, workdir, FLAGS.workers)
     summary = _show(experiment, runs, workdir)
     if failed:

@@ -53,7 +53,7 @@ def evaluate_runs(
     records = read_results(workdir)
     known = {record["run"] for record in records}
     for run in runs:
-        if run.name in known or not is_finished(run, workdir / run.name):
+        if run.name in known or not _is_finished(run, workdir / run.name):
             continue
         tell(f"{run.name}: evaluating")
         new = list(_evaluate(run, workdir / run.name, loops))
@@ -63,7 +63,16 @@ def evaluate_runs(
     return records
 
 
-def is_finished(run: PlannedRun, folder: Path) -> bool:
+def unfinished(runs: Sequence[PlannedRun], workdir: Path) -> list[PlannedRun]:
+    """The runs that have neither results nor been trained to their end."""
+    known = {record["run"] for record in read_results(workdir)}
+    return [
+        run for run in runs
+        if run.name not in known and not _is_finished(run, workdir / run.name)
+    ]  # fmt: skip
+
+
+def _is_finished(run: PlannedRun, folder: Path) -> bool:
     """Whether the last stage of a run has been trained to its end."""
     name, stage = run.config.stream()[-1]
     root = checkpoint_root(folder)

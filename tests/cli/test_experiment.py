@@ -1,0 +1,86 @@
+"""`ouro experiment` from the outside."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from micro_run import ROOT, ouro
+
+CARD = """
+import dataclasses
+import runpy
+from ouro_jax.config import from_config_dict, to_config_dict
+from ouro_jax.experiments.experiment import Experiment, looped_and_baselines
+
+MANO = runpy.run_path({mano!r})
+
+def get_config(protocol="small"):
+    config = from_config_dict(MANO["get_config"]("smoke"))
+    stage = dataclasses.replace(config.stages["stable_1a"], tokens=20 * 1024, warmup_tokens=1024)
+    return to_config_dict(dataclasses.replace(config, stages={{"stable_1a": stage}}))
+
+def get_experiment(protocol="small"):
+    runs = looped_and_baselines(1, 2)[:2]
+    return Experiment("short", runs, loops=(1, 2), published=MANO["PUBLISHED"])
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project's folder with one card."""
+    folder = tmp_path_factory.mktemp("project")
+    cards = folder / "configs" / "experiments"
+    cards.mkdir(parents=True)
+    card = CARD.format(mano=str(ROOT / "configs" / "experiments" / "mano.py"))
+    (cards / "short.py").write_text(card)
+    return folder
+
+
+def test_models_are_trained_evaluated_and_drawn_once(project):
+    first = ouro("experiment", "short", "--workdir=w", "--json", cwd=project)
+    assert first.returncode == 0, first.stderr
+    summary = json.loads(first.stdout.splitlines()[-1])
+    models = {(entry["set"], entry["model"]): entry for entry in summary["models"]}
+    assert models["mano", "1x2"]["role"] == "looped"
+    assert models["mano", "1x1"]["role"] == "iso-parameter"
+    assert models["mano", "1x1"]["chance"] == pytest.approx(0.4239, abs=1e-4)
+    workdir = project / "w"
+    records = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * 3 * 2  # runs, sets, loops
+    assert (workdir / "results.png").is_file()
+    page = (workdir / "report.html").read_text()
+    assert "iso-parameter" in page and "<svg" in page and "0.981" in page
+
+    # A run whose checkpoint is gone but whose results are there is not trained again.
+    shutil.rmtree(workdir / records[0]["run"])
+    again = ouro("experiment", "short", "--workdir=w", "--json", cwd=project)
+    assert json.loads(again.stdout.splitlines()[-1]) == summary
+    assert "started" not in again.stderr and "evaluating" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["shrot"], "Did you mean 'short'"),
+        (["short", "--protocol=tiny"], "expected one of smoke, small, paper"),
+        (["short"], "--workdir is missing"),
+        (["short", "--workdir=w", "--workers=-1"], "workers"),
+    ],
+)
+def test_bad_input(project, arguments, says):
+    result = ouro("experiment", *arguments, cwd=project)
+    assert result.returncode == 2 and says in result.stderr
+
+
+def test_outside_a_project(tmp_path):
+    result = ouro("experiment", "mano", "--workdir=w", cwd=tmp_path)
+    assert result.returncode == 2 and "run it from the project's folder" in result.stderr
+
+
+def test_the_cards_of_the_project_are_plans():
+    for card in sorted((Path(ROOT) / "configs" / "experiments").glob("*.py")):
+        arguments = ("experiment", card.stem, "--protocol=paper", "--workdir=w", "--dry_run")
+        result = ouro(*arguments, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+        assert f"configs/experiments/{card.stem}.py:paper" in result.stdout
