@@ -29,12 +29,14 @@ from ouro_jax.data.rows import (
     write_manifest,
     write_shard,
 )
+from ouro_jax.data.tasks.brevo import Brevo
+from ouro_jax.data.tasks.depo import Depo
 from ouro_jax.data.tasks.mano import Mano
 from ouro_jax.data.tasks.task import END, Task
 from ouro_jax.data.tokenizer import tokenizer_hash
 from ouro_jax.errors import ConfigError, nearest, require, require_choice
 
-TASKS: Mapping[str, type[Task]] = {"mano": Mano}
+TASKS: Mapping[str, type[Task]] = {"brevo": Brevo, "depo": Depo, "mano": Mano}
 FORMAT = "ouro_jax task 1"
 VERSION = 1  # raise it when the same settings give other rows than before
 NUM_ROWS = 1 << 31  # as many as Grain shuffles: no run reads them all
