@@ -30,16 +30,19 @@ from ouro_jax.data.rows import (
     write_shard,
 )
 from ouro_jax.data.tasks.brevo import Brevo
+from ouro_jax.data.tasks.capo import Capo
 from ouro_jax.data.tasks.depo import Depo
 from ouro_jax.data.tasks.mano import Mano
+from ouro_jax.data.tasks.multihop import MultiHop
 from ouro_jax.data.tasks.task import END, Task
 from ouro_jax.data.tokenizer import tokenizer_hash
 from ouro_jax.errors import ConfigError, nearest, require, require_choice
 
-TASKS: Mapping[str, type[Task]] = {"brevo": Brevo, "depo": Depo, "mano": Mano}
+TASKS: Mapping[str, type[Task]] = {
+    "mano": Mano, "capo": Capo, "multihop": MultiHop, "depo": Depo, "brevo": Brevo
+}  # fmt: skip
 FORMAT = "ouro_jax task 1"
 VERSION = 1  # raise it when the same settings give other rows than before
-NUM_ROWS = 1 << 31  # as many as Grain shuffles: no run reads them all
 
 
 def make_task(settings: Mapping[str, Any]) -> Task:
@@ -159,8 +162,9 @@ def open_task_rows(root: str | os.PathLike, directory: str | os.PathLike) -> Tas
         return None
     task, length = make_task(described["task"]), described["sequence_length"]
     hashed = tokenizer_hash(Path(root) / "tokenizer.json")
-    manifest = _manifest(task, described["source"], length, hashed, NUM_ROWS, NUM_ROWS * length, ())
-    return TaskRows(task, described["source"], manifest)
+    source = described["source"]
+    rows = task.num_rows(source, length)
+    return TaskRows(task, source, _manifest(task, source, length, hashed, rows, rows * length, ()))
 
 
 def pack_row(documents: list[Document], sequence_length: int) -> Row:

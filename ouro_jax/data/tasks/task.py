@@ -18,6 +18,7 @@ from ouro_jax.data.packing import Document
 from ouro_jax.data.splits import stable_hash
 from ouro_jax.errors import require
 
+NUM_ROWS = 1 << 31  # as many as Grain shuffles: no run reads them all
 END = "<eos>"  # the first token of every task's vocabulary: what ends a generated answer
 
 
@@ -64,6 +65,11 @@ class Task(abc.ABC):
         The loss mask of a document marks the tokens that are learnt; no mask: all of them.
         """
 
+    def num_rows(self, source: str, sequence_length: int) -> int:
+        """Rows of an epoch of `source`: read in a shuffled order, then again in another one."""
+        del source, sequence_length
+        return NUM_ROWS
+
     @abc.abstractmethod
     def heldout(self, name: str) -> list[Document]:
         """The problems of a held-out set; their loss masks mark the answers."""
@@ -90,7 +96,14 @@ class Task(abc.ABC):
 
     def random(self, *names: object) -> random.Random:
         """Random numbers that follow from the task's seed and `names` alone."""
-        return random.Random(stable_hash("/".join(map(str, (self.seed, *names)))))
+        return random.Random(self._hash(names))
+
+    def random_arrays(self, *names: object) -> np.random.RandomState:
+        """The same for whole arrays; numpy promises that these numbers never change."""
+        return np.random.RandomState(self._hash(names) % (1 << 32))
+
+    def _hash(self, names: tuple[object, ...]) -> int:
+        return stable_hash("/".join(map(str, (self.seed, *names))))
 
 
 def below(rng: random.Random, bound: int) -> int:
