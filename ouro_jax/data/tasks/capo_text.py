@@ -2,17 +2,17 @@
 
 The original has 45 to 50 per attribute. Every sentence starts with its subject, so that a name
 stands before all that is said about it; its verb is the same behind he, she and they; and it says
-nothing about gender. `{}` is the value. The shortest come first.
+nothing about gender. `{}` is the value. The first two of each are short, and equally long.
 """
 
 ATTRIBUTES = ("birth_date", "birth_city", "university", "major", "employer")
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "birth_date": (
-        "came into the world on {} .",
         "entered life on {} .",
-        "celebrated birthdays on {} .",
         "began life on {} .",
+        "celebrated birthdays on {} .",
+        "came into the world on {} .",
         "arrived on {} .",
         "first saw the light of day on {} .",
         "took a first breath on {} .",
@@ -28,10 +28,10 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "birth_city": (
         "came from {} .",
-        "grew up in {} .",
+        "hailed from {} .",
         "called {} home .",
         "had roots in {} .",
-        "hailed from {} .",
+        "grew up in {} .",
         "began life in {} .",
         "spent the early years in {} .",
         "took the first steps in {} .",
@@ -64,8 +64,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "major": (
         "studied {} .",
-        "majored in {} .",
         "chose {} .",
+        "majored in {} .",
         "learned {} .",
         "specialized in {} .",
         "wrote a thesis on {} .",

@@ -126,7 +126,7 @@ def test_sentences_are_drawn_anew_and_permuted():
                     "work_city": False})  # fmt: skip
     date, place = r"\w+ \d+ , \d+", r"\S+"
     shape = (
-        rf"<bos> \S+ \S+ \S+ came into the world on {date} \. They came from {place} \. "
+        rf"<bos> \S+ \S+ \S+ entered life on {date} \. They came from {place} \. "
         rf"They studied at {place} \. They studied {place} \. They worked for {place} \."
     )
     assert all(re.fullmatch(shape, " ".join(words)) for words in biographies(fixed))
@@ -151,6 +151,8 @@ def test_masks_cover_exactly_names_and_counted_values(pronouns):
 def test_a_name_stands_before_everything_else_and_a_city_behind_its_employer():
     for phrases in PHRASES.values():
         assert len(set(phrases)) == 16
+        lengths = [len(phrase.split()) for phrase in phrases]
+        assert lengths[0] == lengths[1] <= 6
         for phrase in phrases:
             assert phrase.count("{}") == 1 and phrase.endswith(" .")
             assert phrase.split()[0] not in ("{}", "was", "is", "has", "were", "are", "have")
