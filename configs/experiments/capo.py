@@ -95,7 +95,9 @@ def get_config(protocol: str = "small") -> ConfigDict:
 def get_experiment(protocol: str = "small") -> Experiment:
     """Looped and not, with as many parameters, over numbers of people and sizes of model."""
     if protocol == "paper":
-        return Experiment("capo", _paper_runs(), axis="people", published=PUBLISHED)
+        return Experiment(
+            "capo", _paper_runs(), axis="people", main_set="biographies", published=PUBLISHED
+        )
     layers, loops, seeds = (1, 2, (0,)) if protocol == "smoke" else (1, 4, (0, 1, 2))
     task, width = TASKS[protocol], SHAPES[protocol][1]
     differences = [
@@ -105,7 +107,9 @@ def get_experiment(protocol: str = "small") -> Experiment:
         "pools of 16 values, two sentences per attribute in a fixed order, and no city of work",
     ]
     runs = seeds_first(model(layers, loops) + model(layers, 1), seeds)
-    return Experiment("capo", runs, published=PUBLISHED, differences=differences)
+    return Experiment(
+        "capo", runs, main_set="biographies", published=PUBLISHED, differences=differences
+    )
 
 
 def _tokens(protocol: str, task: Mapping[str, Any]) -> int:

@@ -91,7 +91,7 @@ def _show(experiment: Experiment, runs: list[PlannedRun], workdir: Path) -> Mapp
     workdir.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     records = evaluate_runs(runs, workdir, experiment.loops, console.print)
-    summary = summarise(records, experiment.axis)
+    summary = summarise(records, experiment.axis, experiment.main_set)
     Console().print(results_table(summary))
     files = write_report(
         f"{experiment.name}, {FLAGS.protocol} protocol", records, summary, workdir,

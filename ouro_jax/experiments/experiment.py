@@ -19,7 +19,8 @@ class Experiment:
 
     `runs` override keys of the card's config, as in a sweep. Models are evaluated after `loops`
     loops. `axis` is the label of the override that is drawn along x where there is one, as the
-    number of questions trained on. `published` are rows of the paper's table, printed beside ours;
+    number of questions trained on; `main_set` is the held-out set that is drawn, the first if none
+    is named. `published` are rows of the paper's table, printed beside ours;
     `differences` say how the protocol differs from the paper's.
     """
 
@@ -27,6 +28,7 @@ class Experiment:
     runs: Sequence[Overrides]
     loops: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8)
     axis: str = ""
+    main_set: str = ""
     published: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     differences: Sequence[str] = ()
 

@@ -9,10 +9,12 @@ from typing import Any
 from ouro_jax.config import ModelConfig, num_parameters
 from ouro_jax.data.mixture import open_source
 from ouro_jax.data.rows import RowSource
+from ouro_jax.data.tasks.capo import Capo
 from ouro_jax.data.tasks.rows import make_task
 from ouro_jax.data.tasks.task import Task
 from ouro_jax.errors import ConfigError
 from ouro_jax.experiments.answers import Score, has_many_answers, judge_answers, score_answers
+from ouro_jax.experiments.capacity import bits_per_parameter, max_bits_per_parameter
 from ouro_jax.experiments.sweep import PlannedRun
 from ouro_jax.training.checkpoint_files import checkpoint_root, steps_of
 from ouro_jax.training.checkpoints import load_params, load_position
@@ -47,8 +49,9 @@ def evaluate_runs(
 ) -> list[Record]:
     """Evaluates each finished run that is not in results.jsonl yet; returns all its records.
 
-    A record says what one run scored on one held-out set after one number of loops. The records
-    of a run are written together, so one that was interrupted is evaluated again.
+    A record says what one run scored on one held-out set after one number of loops: `value` is in
+    units of `metric`, beside the `reference` that it is to be seen against. The records of a run
+    are written together, so one that was interrupted is evaluated again.
     """
     records = read_results(workdir)
     known = {record["run"] for record in records}
@@ -91,13 +94,27 @@ def _evaluate(run: PlannedRun, folder: Path, loops: Sequence[int]) -> Iterator[R
         "learning_rate": stage.learning_rate, "parameters": num_parameters(position.model),
         "tokens": position.tokens_seen, "step": position.step,
     }  # fmt: skip
+    scores: dict[str, list[Score]] = {}
     for heldout in task.heldout_sets:
         rows = open_source(root, heldout, "heldout", stage.sequence_length)
         assert isinstance(rows, RowSource), "held-out rows are files"
-        for score in _scores(position.model, params, task, heldout, rows, loops):
+        scores[heldout] = _scores(position.model, params, task, heldout, rows, loops)
+        for score in scores[heldout]:
             yield {
-                **described, "set": heldout, "chance": task.chance(heldout),
-                **dataclasses.asdict(score),
+                **described, "set": heldout, **dataclasses.asdict(score), "metric": "exact match",
+                "value": score.exact, "reference": "chance",
+                "reference_value": task.chance(heldout),
+            }  # fmt: skip
+    if isinstance(task, Capo):
+        parameters = described["parameters"]
+        for names, values in zip(scores["names"], scores["values"], strict=True):
+            assert names.nats is not None and values.nats is not None, "they are compared"
+            yield {
+                **described, "set": "biographies", "loops": names.loops,
+                "metric": "bits per parameter",
+                "value": bits_per_parameter(task, names.nats, values.nats, parameters),
+                "reference": "all that there is to know",
+                "reference_value": max_bits_per_parameter(task, parameters),
             }  # fmt: skip
 
 

@@ -16,12 +16,14 @@ Record = Mapping[str, Any]
 REPORT, FIGURE = "report.html", "results.png"
 
 
-def summarise(records: Sequence[Record], axis: str = "") -> list[dict[str, Any]]:
-    """One entry per model, value of `axis` (a label of the runs) and held-out set.
+def summarise(
+    records: Sequence[Record], axis: str = "", main_set: str = ""
+) -> list[dict[str, Any]]:
+    """One entry per model, value of `axis` (a label of the runs) and set, `main_set` first.
 
-    Accuracy is the exact match at the depth that the model was trained for. Of several learning
-    rates the one with the best mean over seeds counts for `seeds`, `mean` and `spread` (largest
-    minus smallest); `best` is the best of all runs, which is what the paper reports.
+    Values are those at the depth that the model was trained for. Of several learning rates the one
+    with the best mean over seeds counts for `seeds`, `mean` and `spread` (largest minus smallest);
+    `best` is the best of all runs, which is what the paper reports.
     """
     groups: dict[tuple, list[Record]] = {}
     for record in records:
@@ -29,13 +31,15 @@ def summarise(records: Sequence[Record], axis: str = "") -> list[dict[str, Any]]
             key = (record["set"], record["labels"].get(axis), record["layers"],
                    record["trained_loops"])  # fmt: skip
             groups.setdefault(key, []).append(record)
+    order = sorted(groups, key=lambda key: key[0] != main_set)  # stable: the rest as it came
     looped = {(layers, loops) for _, _, layers, loops in groups if loops > 1}
     return [
         {
             "set": name, "axis": value, "model": f"{layers}x{loops}", "layers": layers,
-            "loops": loops, "role": role(layers, loops, looped), **_accuracy(members),
+            "loops": loops, "role": role(layers, loops, looped), **_values(groups[key]),
         }
-        for (name, value, layers, loops), members in groups.items()
+        for key in order
+        for name, value, layers, loops in [key]
     ]  # fmt: skip
 
 
@@ -51,24 +55,25 @@ def role(layers: int, loops: int, looped: set[tuple[int, int]]) -> str:
     return ", ".join(parts)
 
 
-def _accuracy(members: Sequence[Record]) -> dict[str, Any]:
+def _values(members: Sequence[Record]) -> dict[str, Any]:
     rates: dict[float, list[Record]] = {}
     for record in members:
         rates.setdefault(record["learning_rate"], []).append(record)
-    best_rate = max(rates, key=lambda rate: statistics.fmean(r["exact"] for r in rates[rate]))
+    best_rate = max(rates, key=lambda rate: statistics.fmean(r["value"] for r in rates[rate]))
     chosen = sorted(rates[best_rate], key=lambda record: record["seed"])
-    exact = [record["exact"] for record in chosen]
+    values = [record["value"] for record in chosen]
     return {
         "parameters": chosen[0]["parameters"], "tokens": chosen[0]["tokens"],
-        "chance": chosen[0]["chance"], "learning_rate": best_rate, "num_rates": len(rates),
-        "seeds": exact, "mean": statistics.fmean(exact), "spread": max(exact) - min(exact),
-        "best": max(record["exact"] for record in members),
+        "metric": chosen[0]["metric"], "reference": chosen[0]["reference"],
+        "reference_value": chosen[0]["reference_value"], "learning_rate": best_rate,
+        "num_rates": len(rates), "seeds": values, "mean": statistics.fmean(values),
+        "spread": max(values) - min(values), "best": max(record["value"] for record in members),
     }  # fmt: skip
 
 
 COLUMNS: tuple[str, ...] = (
     "set", "model", "role", "parameters", "learning rate", "seeds", "mean", "spread", "best",
-    "chance",
+    "reference",
 )  # fmt: skip
 
 
@@ -78,15 +83,15 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
         name, entry["model"], entry["role"], f"{entry['parameters']:,}",
         f"{entry['learning_rate']:g}", " ".join(f"{value:.3f}" for value in entry["seeds"]),
         f"{entry['mean']:.3f}", f"{entry['spread']:.3f}", f"{entry['best']:.3f}",
-        f"{entry['chance']:.3f}",
+        f"{entry['reference_value']:.3f}",
     ]  # fmt: skip
 
 
 def results_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     """The summary for a terminal."""
     table = Table(
-        title="exact match at the trained depth", title_justify="left", box=box.SIMPLE_HEAD,
-        pad_edge=False,
+        title=f"{summary[0]['metric'] if summary else 'results'} at the trained depth",
+        title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     # The page has all columns; these fit into 80 characters.
     shown = [name for name in COLUMNS if name not in ("parameters", "learning rate", "spread")]
@@ -124,7 +129,8 @@ def write_report(
     body = [
         _header(title, summary, workdir),
         page.section(
-            "Results", "Exact match on held-out problems, after as many loops as were trained.",
+            "Results", "On held-out problems, after as many loops as trained; the reference of "
+            "exact match is chance, the best answer without reading.",
             _table(COLUMNS, [_cells(entry) for entry in summary]),
         ),
         *(_figure(plot, results) for plot in experiment_plots.PLOTS if plot.shows(results)),
@@ -144,7 +150,7 @@ def _header(title: str, summary: Sequence[Mapping[str, Any]], workdir: Path) -> 
     facts = [
         ("Models", str(len({entry["model"] for entry in main})), workdir.name),
         ("Runs", str(sum(len(entry["seeds"]) for entry in main)), "of the best learning rates"),
-        ("Chance", f"{main[0]['chance']:.3f}", "the best answer without reading"),
+        (main[0]["metric"], f"{main[0]['reference_value']:.3f}", main[0]["reference"]),
     ]
     return (
         '<header>\n<p class="kicker">A controlled experiment with looped language models</p>\n'

@@ -34,15 +34,17 @@ class Results:
         return colours["faint"] if model == plain[0] else colours["accent"]
 
 
-def _chance(axes: Axes, results: Results, colours: Mapping[str, str]) -> None:
-    chance = results.summary[0]["chance"]
-    axes.axhline(chance, color=colours["ink"], linewidth=1, linestyle=(0, (4, 3)))
+def _reference(axes: Axes, results: Results, colours: Mapping[str, str]) -> None:
+    """A dashed line where chance is, or all that there is to know."""
+    entry = results.summary[0]
+    axes.axhline(entry["reference_value"], color=colours["ink"], linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
-        "chance", (1, chance), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+        entry["reference"], (1, entry["reference_value"]), xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
         textcoords="offset points", ha="right", color=colours["faint"], fontsize=11,
     )  # fmt: skip
-    axes.set_ylim(0, 1.02)
-    axes.set_ylabel("exact match")
+    axes.set_ylim(0, 1.02 if entry["metric"] == "exact match" else None)
+    axes.set_ylabel(entry["metric"])
 
 
 def draw_models(results: Results, canvas: Canvas, colours: Mapping[str, str] = STAND_INS) -> Figure:
@@ -67,11 +69,11 @@ def _bars(axes: Axes, results: Results, colours: Mapping[str, str]) -> None:
         range(len(order)),
         [f"{layers} x {loops}\n{roles[layers, loops]}" for layers, loops in order],
     )
-    _chance(axes, results, colours)
+    _reference(axes, results, colours)
 
 
 def draw_axis(results: Results, canvas: Canvas, colours: Mapping[str, str] = STAND_INS) -> Figure:
-    """Mean accuracy of each model along the experiment's axis, its seeds as a band."""
+    """Mean of each model along the experiment's axis, its seeds as a band."""
     figure = canvas.figure(380)
     _lines(figure.subplots(), results, colours)
     return figure
@@ -90,12 +92,12 @@ def _lines(axes: Axes, results: Results, colours: Mapping[str, str]) -> None:
         label = f"{model[0]} x {model[1]}, {entries[0]['role']}"
         axes.plot(places, [e["mean"] for e in entries], "o-", color=colour, label=label)
     axes.set_xlabel(results.axis.replace("_", " "))
-    _chance(axes, results, colours)
+    _reference(axes, results, colours)
     axes.legend(loc="upper left")
 
 
 def draw_depth(results: Results, canvas: Canvas, colours: Mapping[str, str] = STAND_INS) -> Figure:
-    """Accuracy of every run after 1, 2, 3 … loops; a dot where it was trained."""
+    """Every run after 1, 2, 3 … loops; a dot where it was trained."""
     figure = canvas.figure(340)
     _depth(figure.subplots(), results, colours)
     return figure
@@ -110,14 +112,14 @@ def _depth(axes: Axes, results: Results, colours: Mapping[str, str]) -> None:
         records = sorted(records, key=lambda record: record["loops"])
         model = (records[0]["layers"], records[0]["trained_loops"])
         colour = results.colour(model, colours)
-        depths, exact = [r["loops"] for r in records], [r["exact"] for r in records]
+        depths, values = [r["loops"] for r in records], [r["value"] for r in records]
         label = "" if model in labelled else f"trained as {model[0]} x {model[1]}"
         labelled.add(model)
-        axes.plot(depths, exact, color=colour, label=label or None, alpha=0.8)
-        trained = [(r["loops"], r["exact"]) for r in records if r["loops"] == r["trained_loops"]]
+        axes.plot(depths, values, color=colour, label=label or None, alpha=0.8)
+        trained = [(r["loops"], r["value"]) for r in records if r["loops"] == r["trained_loops"]]
         axes.plot(*zip(*trained, strict=True), "o", color=colour)
     axes.set_xlabel("loops run")
-    _chance(axes, results, colours)
+    _reference(axes, results, colours)
     axes.legend(loc="best")
 
 

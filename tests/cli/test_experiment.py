@@ -44,7 +44,7 @@ def test_models_are_trained_evaluated_and_drawn_once(project):
     models = {(entry["set"], entry["model"]): entry for entry in summary["models"]}
     assert models["mano", "1x2"]["role"] == "looped"
     assert models["mano", "1x1"]["role"] == "iso-parameter"
-    assert models["mano", "1x1"]["chance"] == pytest.approx(0.4239, abs=1e-4)
+    assert models["mano", "1x1"]["reference_value"] == pytest.approx(0.4239, abs=1e-4)
     workdir = project / "w"
     records = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
     assert len(records) == 2 * 3 * 2  # runs, sets, loops
