@@ -12,6 +12,7 @@ VERBS = {
     "generate": "text from a checkpoint, with the exit depth of every token",
     "chat": "a conversation in the terminal, coloured by exit depth",
     "serve": "OpenAI's API over HTTP, and a page to talk to the model",
+    "eval": "benchmarks by depth: standard ones, those of the paper, and local ones",
     "convert": "Hugging Face checkpoints in and out",
     "plan": "compile for a pod that is not there: does it fit, what does it cost, what bounds it",
     "sweep": "many runs of one config: run or submit them, and compare what came of it",
