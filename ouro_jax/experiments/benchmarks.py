@@ -103,9 +103,9 @@ def run_benchmark(lm: HarnessLM, benchmark: Benchmark, limit: int | None) -> lis
     from lm_eval.evaluator import simple_evaluate
 
     task, config = benchmark.task, benchmark.config
-    spec = task if config is None else ConfigurableTask(config=dict(config))
     lm.take_mean_depth()
     try:
+        spec = task if config is None else ConfigurableTask(config=dict(config))
         results: Any = simple_evaluate(
             lm, tasks=[spec], num_fewshot=benchmark.num_fewshot, limit=limit, log_samples=False,
             task_manager=_manager(with_tasks=config is None),

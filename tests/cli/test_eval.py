@@ -65,17 +65,3 @@ def test_wrong_use_leaves_with_2_and_says_why(checkpoint, tmp_path):
         result = ouro_eval(*arguments)
         assert (result.returncode, error in result.stderr) == (2, True), result.stderr
         assert "Traceback" not in result.stderr and result.stdout == ""
-
-
-def test_data_out_of_reach_is_named(checkpoint):
-    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-    result = ouro_eval(f"--checkpoint={checkpoint}", "--tasks=paper", HF_HUB_OFFLINE="1")
-    assert result.returncode == 2, result.stderr
-    assert "the data set of mmlu could not be loaded: Couldn't reach 'cais/mmlu'" in result.stderr
-
-
-def test_a_missing_extra_is_named(checkpoint, tmp_path):
-    (tmp_path / "lm_eval.py").write_text("raise ImportError('not here')\n")
-    result = ouro_eval(f"--checkpoint={checkpoint}", "--tasks=local", PYTHONPATH=str(tmp_path))
-    assert result.returncode == 2, result.stderr
-    assert "pip install 'ouro_jax[eval]'" in result.stderr
