@@ -9,6 +9,10 @@ Needs nothing: names, values and sentences are invented. The answer is R, bits p
 hold everyone is bounded by the data. Each person is met `exposures` times, but for the last
 biographies that do not fill a batch.
 
+`small` has 28,545 parameters, and rows of four biographies without padding. Expect about 0.6 bits
+per parameter of at most 1.72: 1 ⊗ 1 had 0.63 after 84 of 100 exposures (a rate of 4e-3 and 2,500
+people met 60 times gave 0.24 of 2.99). Whether 1 ⊗ 4 has as many is not measured yet.
+
 `paper` follows appendix B.1. The paper gives sizes of 1 to 40M parameters and not the models; ours
 have SwiGLU, and an embedding and a head of their own, so a million parameters hold fewer layers. It
 does not say which loss a looped model takes; here it is the last loop's.
@@ -36,10 +40,10 @@ from ouro_jax.experiments.experiment import PROTOCOLS, Experiment, model, seeds_
 from ouro_jax.experiments.sweep import Overrides, product
 
 SMALL = {
-    "name": "capo", "people": 2500, "exposures": 60, "first_names": 16, "middle_names": 16,
-    "last_names": 32, "birth_years": 16, "cities": 16, "universities": 16, "majors": 16,
+    "name": "capo", "people": 1600, "exposures": 100, "first_names": 16, "middle_names": 16,
+    "last_names": 16, "birth_years": 16, "cities": 16, "universities": 16, "majors": 16,
     "employers": 16, "templates": 2, "order": "fixed", "pronouns": "he_she", "work_city": False,
-    "heldout_problems": 500,
+    "heldout_problems": 400,
 }  # fmt: skip
 TASKS = {
     "smoke": SMALL | {"people": 200, "exposures": 20, "heldout_problems": 50},
@@ -48,8 +52,8 @@ TASKS = {
 }
 # Layers, width, heads, MLP width; rows of a batch, row length, warm-up steps, learning rate.
 SHAPES = {
-    "smoke": (1, 16, 1, 48, 16, 128, 10, 4e-3),
-    "small": (1, 32, 2, 88, 24, 128, 100, 4e-3),
+    "smoke": (1, 16, 1, 48, 16, 124, 10, 8e-3),
+    "small": (1, 32, 2, 128, 16, 124, 100, 8e-3),
     "paper": (2, 128, 2, 352, 192, 512, 1000, 1e-3),
 }
 

@@ -8,6 +8,11 @@ Needs nothing: people, facts and questions are invented, and those evaluated are
 training. Sets: `questions` is what counts; `facts` says whether the facts are stored, and
 `seen_questions` what was learnt by heart.
 
+`small` has 17,280 questions over 360 facts: many relations and few people, since questions must
+outnumber facts by far (15 to 1 in the paper at 120,000). With 2,000 questions over 288 facts 1 ⊗ 4
+learnt them by heart: its loss on new ones rose from 1.96 to 2.18 nats while that on its own fell.
+Its effect is not measured yet.
+
 `paper` follows section 6.2 and appendix B.3. The paper does not say how profiles and questions are
 mixed (here one row in ten holds profiles), which tokens of a question are learnt (all), the weight
 decay (0.1), nor which loss a looped model takes (the last loop's).
@@ -35,8 +40,8 @@ TASKS = {
     "smoke": {"name": "multihop", "entities": 20, "layers": 4, "relations": 3, "hops": 3,
               "train_questions": 80, "heldout_problems": 20, "facts_per_profile": 2,
               "loss_on": "answer"},
-    "small": {"name": "multihop", "entities": 64, "layers": 4, "relations": 6, "hops": 3,
-              "train_questions": 2000, "heldout_problems": 500, "facts_per_profile": 4,
+    "small": {"name": "multihop", "entities": 40, "layers": 4, "relations": 12, "hops": 3,
+              "train_questions": 12_000, "heldout_problems": 500, "facts_per_profile": 4,
               "loss_on": "answer"},
     "paper": {"name": "multihop", "train_questions": 120_000},
 }  # fmt: skip
@@ -44,7 +49,7 @@ TASKS = {
 # rate, and the share of rows with profiles.
 SHAPES = {
     "smoke": (1, 32, 2, 64, 32, 30, 200, 20, 4e-3, 0.2),
-    "small": (1, 96, 3, 256, 96, 30, 2000, 100, 4e-3, 0.2),
+    "small": (1, 96, 3, 256, 64, 30, 4000, 100, 4e-3, 0.2),
     "paper": (6, 1024, 16, 2816, 2048, 1024, 20_000, 1000, 5e-4, 0.1),
 }
 
@@ -87,7 +92,7 @@ def get_config(protocol: str = "small") -> ConfigDict:
 
 def get_experiment(protocol: str = "small") -> Experiment:
     """Loops by the number of questions trained on, and the paper's curves."""
-    questions = {"smoke": [80], "small": [500, 1000, 2000, 2900],
+    questions = {"smoke": [80], "small": [3000, 6000, 12_000],
                  "paper": [100_000, 120_000, 140_000]}  # fmt: skip
     loops = {"smoke": (1, 2), "small": (1, 2, 4), "paper": (1, 2, 4)}
     models = [run for number in loops[protocol] for run in model(SHAPES[protocol][0], number)]
