@@ -10,7 +10,8 @@ training. Sets: `questions` is what counts; `facts` says whether the facts are s
 
 `small` has 17,280 questions over 360 facts: many relations and few people, since questions must
 outnumber facts by far (15 to 1 in the paper at 120,000). With 2,000 questions over 288 facts 1 ⊗ 4
-learnt them by heart: its loss on new ones rose from 1.96 to 2.18 nats while that on its own fell.
+learnt them by heart: its loss on new ones rose from 1.96 to 2.18 nats (steps 166 to 332) while the
+loss in training fell to 0.50.
 Its effect is not measured yet.
 
 `paper` follows section 6.2 and appendix B.3. The paper does not say how profiles and questions are
