@@ -10,6 +10,7 @@ where it stood. Writes WORKDIR/results.jsonl, results.png and report.html. `--wo
 nothing and shows what there is.
 """
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,18 +87,23 @@ def _card(name: str) -> Path:
 def _show(experiment: Experiment, runs: list[PlannedRun], workdir: Path) -> Mapping[str, Any]:
     """Evaluates what is trained, prints the table and draws the figures."""
     from ouro_jax.experiments.results import evaluate_runs
-    from ouro_jax.reporting.experiment import results_table, summarise, write_report
+    from ouro_jax.reporting.experiment import (
+        DESCRIBED,
+        results_table,
+        summarise,
+        write_report,
+    )
 
     workdir.mkdir(parents=True, exist_ok=True)
+    described = {"name": experiment.name, "protocol": FLAGS.protocol, "axis": experiment.axis,
+                 "main_set": experiment.main_set, "published": list(experiment.published),
+                 "differences": list(experiment.differences)}  # fmt: skip
+    (workdir / DESCRIBED).write_text(json.dumps(described, indent=1) + "\n")
     console = Console(stderr=True)
     records = evaluate_runs(runs, workdir, experiment.loops, console.print)
     summary = summarise(records, experiment.axis, experiment.main_set)
     Console().print(results_table(summary))
-    files = write_report(
-        f"{experiment.name}, {FLAGS.protocol} protocol", records, summary, workdir,
-        axis=experiment.axis, published=experiment.published, differences=experiment.differences,
-    )  # fmt: skip
-    print(", ".join(map(str, files)) or "no run is finished yet")
+    print(", ".join(map(str, write_report(workdir))) or "no run is finished yet")
     return {"workdir": str(workdir), "models": summary, "runs": len(runs)}
 
 

@@ -1,5 +1,6 @@
 """What the models of an experiment came to: a summary, a table, figures and one page."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,6 +15,7 @@ from ouro_jax.reporting.plots import NARROW, WIDE, svg
 
 Record = Mapping[str, Any]
 REPORT, FIGURE = "report.html", "results.png"
+DESCRIBED, RESULTS = "experiment.json", "results.jsonl"
 
 
 def summarise(
@@ -105,39 +107,61 @@ def results_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def write_report(
-    title: str,
-    records: Sequence[Record],
-    summary: Sequence[Mapping[str, Any]],
-    workdir: Path,
-    *,
-    axis: str = "",
-    published: Sequence[Mapping[str, Any]] = (),
-    differences: Sequence[str] = (),
-) -> list[Path]:
-    """Writes `results.png` and `report.html` into `workdir`; returns their paths, none if empty."""
-    if not summary:
+def write_report(workdir: Path) -> list[Path]:
+    """Writes `results.png` and `report.html` into `workdir`; returns their paths, none if empty.
+
+    Reads `experiment.json`, which says what the experiment is, and `results.jsonl`.
+    """
+    described, results, summary = _read(workdir)
+    if results is None:
         return []
+    figure = experiment_plots.save_png(results, workdir / FIGURE)
+    title = f"{described['name']}, {described['protocol']} protocol"
+    body = [_header(title, summary, workdir), *_sections(described, results, summary)]
+    path = workdir / REPORT
+    path.write_text(page.document(f"{title} · experiment", body), encoding="utf-8")
+    return [figure, path]
+
+
+def experiment_sections(workdir: Path) -> list[str]:
+    """What a page of several experiments says of the one in `workdir`."""
+    described, results, summary = _read(workdir)
+    title = f"{described['name']}, {described['protocol']} protocol"
+    if results is None:
+        return [page.section(title, "", page.missing("No run is finished yet."))]
+    return [page.section(title, str(workdir), ""), *_sections(described, results, summary)]
+
+
+def _read(
+    workdir: Path,
+) -> tuple[Record, experiment_plots.Results | None, list[dict[str, Any]]]:
+    described = json.loads((workdir / DESCRIBED).read_text())
+    path = workdir / RESULTS
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    summary = summarise(records, described["axis"], described["main_set"])
+    if not summary:
+        return described, None, []
     main = summary[0]["set"]
     results = experiment_plots.Results(
         [entry for entry in summary if entry["set"] == main],
-        [record for record in records if record["kind"] == "answers" and record["set"] == main],
-        axis,
+        [record for record in records if record["set"] == main],
+        described["axis"],
     )
-    figure = experiment_plots.save_png(results, workdir / FIGURE)
-    path = workdir / REPORT
-    body = [
-        _header(title, summary, workdir),
+    return described, results, summary
+
+
+def _sections(
+    described: Record, results: experiment_plots.Results, summary: Sequence[Record]
+) -> list[str]:
+    return [
         page.section(
             "Results", "On held-out problems, after as many loops as trained; the reference of "
             "exact match is chance, the best answer without reading.",
             _table(COLUMNS, [_cells(entry) for entry in summary]),
         ),
         *(_figure(plot, results) for plot in experiment_plots.PLOTS if plot.shows(results)),
-        _published(published, differences),
+        _published(described["published"], described["differences"]),
     ]  # fmt: skip
-    path.write_text(page.document(f"{title} · experiment", body), encoding="utf-8")
-    return [figure, path]
 
 
 def _figure(plot: experiment_plots.Plot, results: experiment_plots.Results) -> str:
