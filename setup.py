@@ -40,6 +40,11 @@ EXTRAS = {
     ],
     "clean": ["datasketch>=2"],  # MinHash: near duplicates in a corpus
     "quantize": ["qwix>=0.1.8"],  # int8 weights: scales and rounding of an array
+    "study": [
+        "scipy>=1.13",  # fits of scaling laws: bounded least squares
+        "scikit-learn>=1.5",  # linear probes and their ROC AUC
+        "openai>=1.60",  # asks the judge of safety, any OpenAI-compatible endpoint
+    ],
     "serve": [
         "uvicorn>=0.30",  # HTTP: connections, and signals that end them in order
         "starlette>=0.40",  # routes and requests on top of it, without a framework's model of JSON
