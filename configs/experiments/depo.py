@@ -18,6 +18,7 @@ from ouro_jax.config import (
     Config,
     DataConfig,
     EvaluationConfig,
+    LayoutConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -85,6 +86,8 @@ def get_config(protocol: str = "small") -> ConfigDict:
         ),
         stages={"stable_1a": stage},
         data=DataConfig(root="data/experiments", task=task),
+        # About a thousand tokens at a time stay in a CPU's cache, as in Mano.
+        layout=LayoutConfig(microbatch_rows=8 if protocol == "small" else 0),
         optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0),
         checkpoint=CheckpointConfig(every_tokens=stage.tokens),
         evaluation=EvaluationConfig(every_tokens=stage.tokens // 12),
