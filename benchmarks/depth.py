@@ -11,11 +11,8 @@ gate's quality plays no part: `static:1` … `static:4`, batches of half `static
 `static:3`, and Q-exit on a random gate. Rules take turns, all figures are medians over the repeats.
 """
 
-import dataclasses
 import json
 import statistics
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,8 +22,8 @@ from absl import app, flags
 
 from benchmarks.measure import random_params, shown
 from ouro_jax.config import ModelConfig
+from ouro_jax.experiments.exit_times import timed_turn
 from ouro_jax.inference.engine import Engine
-from ouro_jax.inference.requests import Request
 from ouro_jax.model.flops import attention_flops, head_flops, projection_flops
 
 PROMPT = 64
@@ -70,9 +67,11 @@ def measure(params: dict, batch: int, tokens: int, repeats: int) -> list[dict[st
     """A row for every rule."""
     engine = Engine(CONFIG, params, kv="exited", slots=batch, window=PROMPT + 3 * tokens)
     timed: dict[str, list[tuple[float, float]]] = {name: [] for name in RULES}
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, CONFIG.vocab_size, (batch, PROMPT)).tolist()
     for _ in range(repeats + 1):
         for name, rules in RULES.items():
-            timed[name].append(turn(engine, rules, tokens))
+            timed[name].append(timed_turn(engine, prompts, rules, tokens))
     timed = {name: turns[1:] for name, turns in timed.items()}
     median = statistics.median
     return [
@@ -96,34 +95,6 @@ def measure(params: dict, batch: int, tokens: int, repeats: int) -> list[dict[st
         }
         for name, turns in timed.items()
     ]
-
-
-def turn(engine: Engine, rules: Sequence[str], tokens: int) -> tuple[float, float]:
-    """Seconds per token of a full engine, and the mean depth of the tokens that were timed."""
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, CONFIG.vocab_size, (engine.num_slots, PROMPT)).tolist()
-    requests = [
-        Request(prompt, 3 * tokens, exit=rules[index % len(rules)])
-        for index, prompt in enumerate(prompts)
-    ]
-    # One slot cannot be half of each: it takes them one after the other.
-    groups = [requests] if engine.num_slots > 1 else [
-        [dataclasses.replace(requests[0], exit=rule)] for rule in rules
-    ]  # fmt: skip
-    spans, depths = [], []
-    for group in groups:
-        ids = [engine.submit(request) for request in group]
-        first: set[int] = set()
-        while len(first) < len(ids):
-            first |= {update.request_id for update in engine.step()}
-        start, seen = time.perf_counter(), []
-        while len(seen) < tokens * len(ids):
-            seen += [update.token.depth for update in engine.step() if update.token]
-        spans.append((time.perf_counter() - start) / len(seen))
-        depths.append(statistics.mean(seen))
-        for request_id in ids:
-            engine.cancel(request_id)
-    return statistics.mean(spans), statistics.mean(depths)
 
 
 def flops(depth: float, tokens: int) -> float:

@@ -132,7 +132,14 @@ def hidden_difference_exit(states_TBLD: jax.Array, threshold: float) -> jax.Arra
 
     Returns step_BL int32, 0-based; the last loop if no state settled.
     """
-    moved_TBL = state_change(states_TBLD[1:], states_TBLD[:-1])
+    return settled_exit(state_change(states_TBLD[1:], states_TBLD[:-1]), threshold)
+
+
+def settled_exit(moved_TBL: jax.Array, threshold: float) -> jax.Array:
+    """`hidden_difference_exit` from the state changes alone, those from the second loop on [T-1].
+
+    Returns step_BL int32, 0-based, of T loops.
+    """
     never_BL = jnp.zeros((1, *moved_TBL.shape[1:]), bool)
     return _first(jnp.concatenate([never_BL, moved_TBL < threshold]))
 
@@ -147,7 +154,12 @@ def confidence_exit(logits_TBLV: jax.Array, threshold: float) -> jax.Array:
 
     Returns step_BL int32, 0-based; the last loop if none is that sure.
     """
-    return _first(top_probability(logits_TBLV) >= threshold)
+    return sure_exit(top_probability(logits_TBLV), threshold)
+
+
+def sure_exit(probability_TBL: jax.Array, threshold: float) -> jax.Array:
+    """`confidence_exit` from the probabilities of the most probable tokens alone."""
+    return _first(probability_TBL >= threshold)
 
 
 def top_probability(logits: jax.Array) -> jax.Array:
