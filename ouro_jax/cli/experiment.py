@@ -8,6 +8,16 @@ NAME is a card, configs/experiments/NAME.py: its docstring says what it needs, h
 and what to expect. Every model is an `ouro train` in WORKDIR/RUN; repeating the command goes on
 where it stood. Writes WORKDIR/results.jsonl, results.png and report.html. `--workers=0` trains
 nothing and shows what there is.
+
+  ouro experiment depth --checkpoint=runs/tiny --workdir=runs/tiny_depth
+  ouro experiment exit --checkpoint=runs/tiny/sft --checkpoint=runs/tiny/gate --workdir=runs/exit
+  ouro experiment kv --checkpoint=runs/tiny --workdir=runs/kv
+  ouro experiment faithfulness --checkpoint=runs/tiny --workdir=runs/faithfulness
+  ouro experiment scaling_law --checkpoint=runs/scaling_law --workdir=runs/law
+
+These study what is trained: depth and exit on held-out rows (of the run, or at --data), KV policies
+on held-out prompts, probes and agreement of depths on question pairs (our templates, or Quora's TSV
+by --data), the scaling law over the runs of a sweep. Records and figures lie in WORKDIR.
 """
 
 import json
@@ -20,6 +30,7 @@ from absl import flags
 from rich.console import Console
 
 from ouro_jax.cli.common import FLAGS, call_file, required, run_verb
+from ouro_jax.cli.studies import STUDIES, Asked, study
 from ouro_jax.cli.sweep_runs import check_same_configs, run_here, train_command
 from ouro_jax.errors import ConfigError, RunError, nearest, require, require_choice
 from ouro_jax.experiments.experiment import PROTOCOLS, Experiment
@@ -30,11 +41,16 @@ CARDS = Path("configs/experiments")
 flags.DEFINE_string("protocol", "small", "smoke, small or paper.")
 flags.DEFINE_string("workdir", "", "Folder of the experiment: a folder for each run, the results.")
 flags.DEFINE_integer("workers", 2, "Runs at a time on this machine; 0: only show the results.")
+flags.DEFINE_multi_string("checkpoint", [], "What a study is of; exit takes several, in order.")
+flags.DEFINE_string("data", "", "Prepared data or Quora's TSV, in place of what the run has.")
 flags.DEFINE_bool("dry_run", False, "Print the commands of the runs, and leave.")
 
 
 def main(name: str = "") -> Mapping[str, Any] | None:
-    """The verb: `name` is that of a card."""
+    """The verb: `name` is that of a card or of a study."""
+    if name in STUDIES:
+        workdir = Path(required("workdir", f"runs/{name}"))
+        return study(name, Asked(FLAGS.checkpoint, FLAGS.data, workdir))
     card = f"{_card(name)}:{FLAGS.protocol}"
     require_choice(FLAGS.protocol, PROTOCOLS, "--protocol")
     require(FLAGS.workers >= 0, "--workers", FLAGS.workers, "0 or more")
@@ -76,7 +92,7 @@ def plan_experiment(card: str) -> tuple[Experiment, list[PlannedRun]]:
 def _card(name: str) -> Path:
     if not CARDS.is_dir():
         raise ConfigError(f"there is no {CARDS}/ here; run it from the project's folder.")
-    names = sorted(file.stem for file in CARDS.glob("*.py"))
+    names = [*sorted(file.stem for file in CARDS.glob("*.py")), *STUDIES]
     if name not in names:
         raise ConfigError(
             f"experiment {name!r}: expected one of {', '.join(names)}.{nearest(name, names)}"

@@ -37,10 +37,31 @@ def project(tmp_path_factory):
     return folder
 
 
-def test_models_are_trained_evaluated_and_drawn_once(project):
-    first = ouro("experiment", "short", "--workdir=w", "--json", cwd=project)
-    assert first.returncode == 0, first.stderr
-    summary = json.loads(first.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def first(project):
+    """What the command says the first time."""
+    result = ouro("experiment", "short", "--workdir=w", "--json", cwd=project)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_a_study_of_what_was_trained(project, first):
+    run = json.loads((project / "w" / "results.jsonl").read_text().splitlines()[0])["run"]
+    arguments = ("depth", f"--checkpoint=w/{run}", "--workdir=d", "--json")
+    result = ouro("experiment", *arguments, cwd=project)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["files"] == ["d/depth.jsonl", "d/depth.png"]
+    records = [json.loads(line) for line in (project / "d/depth.jsonl").read_text().splitlines()]
+    assert {record["source"] for record in records} == {"mano", "length_1", "length_3"}
+    assert all(len(record["accuracy_per_loop"]) == 8 for record in records)
+    scored = [json.loads(line) for line in (project / "w/results.jsonl").read_text().splitlines()]
+    exact = {(r["set"], r["loops"]): r["exact"] for r in scored if r["run"] == run}
+    for record in records:  # the answers are one token, so both measure the same
+        assert record["accuracy_per_loop"][1] == pytest.approx(exact[record["source"], 2])
+
+
+def test_models_are_trained_evaluated_and_drawn_once(project, first):
+    summary = first
     models = {(entry["set"], entry["model"]): entry for entry in summary["models"]}
     assert models["mano", "1x2"]["role"] == "looped"
     assert models["mano", "1x1"]["role"] == "iso-parameter"
@@ -66,6 +87,9 @@ def test_models_are_trained_evaluated_and_drawn_once(project):
         (["short", "--protocol=tiny"], "expected one of smoke, small, paper"),
         (["short"], "--workdir is missing"),
         (["short", "--workdir=w", "--workers=-1"], "workers"),
+        (["depht"], "Did you mean 'depth'"),
+        (["depth", "--workdir=d"], "needs --checkpoint"),
+        (["depth", "--workdir=d", "--checkpoint=nowhere"], "no such folder"),
     ],
 )
 def test_bad_input(project, arguments, says):
