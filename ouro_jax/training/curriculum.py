@@ -75,7 +75,7 @@ class StagePlan:
         return peak
 
     def num_loops(self, row: int) -> int:
-        """The loops of the step that starts at `row`, by a hash: the same on every host."""
+        """The loops of the step that starts at `row`, by a hash: the same on every host and again."""
         fewest, most = self.stage.min_loops or self.stage.num_loops, self.stage.num_loops
         return fewest + stable_hash(f"{self.name}/{row}") % (most - fewest + 1)
 
