@@ -27,7 +27,7 @@ ROW, BATCH = 64, 512
 
 
 def micro_config(data_root: Path, **changes: Any) -> Config:
-    """One layer for 16 steps of 8 rows at drawn depths, two layers for 80 steps, the gate for 8."""
+    """One layer for 16 steps of 8 rows, two layers for 80 steps, the gate for 8."""
     smoke = from_config_dict(
         runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]("smoke")
     )
@@ -43,9 +43,7 @@ def micro_config(data_root: Path, **changes: Any) -> Config:
         smoke,
         model=dataclasses.replace(smoke.model, vocab_size=300),
         stages={
-            "stable_1a": stage(
-                16, min_loops=1, warmup_tokens=4 * BATCH, batch_ramp=((2 * BATCH, BATCH // 2),)
-            ),
+            "stable_1a": stage(16, warmup_tokens=4 * BATCH, batch_ramp=((2 * BATCH, BATCH // 2),)),
             "stable_1b": stage(80, num_layers=2, transition="upcycle_stacked"),
             "gate": stage(8, num_layers=2, objective="gate", weight_decay=0.0),
         },

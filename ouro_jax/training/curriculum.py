@@ -6,13 +6,11 @@ learning rate, so nothing depends on how a run was interrupted.
 
 import dataclasses
 import math
-import statistics
 from collections import Counter
 from functools import cached_property
 
 from ouro_jax.config import GATE_OBJECTIVES, Config, ModelConfig, Stage
 from ouro_jax.data.interleave import Interleave
-from ouro_jax.data.splits import stable_hash
 from ouro_jax.errors import ConfigError
 from ouro_jax.model.flops import train_flops_per_token
 
@@ -74,22 +72,9 @@ class StagePlan:
             return final + (peak - final) * min(left, 1.0)
         return peak
 
-    def num_loops(self, row: int) -> int:
-        """The loops of the step that starts at `row`, by a hash: the same on every host and again."""
-        fewest, most = self.stage.min_loops or self.stage.num_loops, self.stage.num_loops
-        return fewest + stable_hash(f"{self.name}/{row}") % (most - fewest + 1)
-
     def flops_per_token(self, model: ModelConfig) -> int:
-        """The model's work on one token of this stage, on average where the loops are drawn.
-
-        A frozen model has no backward pass.
-        """
-        depths = range(self.stage.min_loops or model.num_loops, model.num_loops + 1)
-        flops = statistics.mean(
-            train_flops_per_token(dataclasses.replace(model, num_loops=loops),
-                                  self.stage.sequence_length) for loops in depths
-        )  # fmt: skip
-        flops = round(flops)
+        """The model's work on one token of this stage; a frozen model has no backward pass."""
+        flops = train_flops_per_token(model, self.stage.sequence_length)
         return flops // 3 if self.stage.objective in GATE_OBJECTIVES else flops
 
     def batch_sizes(self) -> list[int]:
