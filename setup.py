@@ -42,7 +42,7 @@ EXTRAS = {
     "quantize": ["qwix>=0.1.8"],  # int8 weights: scales and rounding of an array
     "study": [
         "scipy>=1.13",  # fits of scaling laws: bounded least squares
-        "scikit-learn>=1.5",  # linear probes and their ROC AUC
+        "scikit-learn>=1.5",  # linear probes and their ROC AUC; brings threadpoolctl
         "openai>=1.60",  # asks the judge of safety, any OpenAI-compatible endpoint
     ],
     "serve": [

@@ -19,10 +19,10 @@ VOCAB, LENGTH = 61, 24
 
 
 @functools.cache
-def subject() -> Subject:
-    """Two layers of random weights, whose gates differ from token to token."""
+def subject(layers: int = 2) -> Subject:
+    """A few layers of random weights, whose gates differ from token to token."""
     config = ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2,
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_layers=layers, num_heads=2,
         num_kv_heads=1, head_dim=16, num_loops=4, embedding_initializer_range=1.0,
         initializer_range=0.2, max_position_embeddings=256, dtype="float32",
     )  # fmt: skip

@@ -11,11 +11,11 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 
 
 def test_rows_are_measured_on_all_prompts_and_found_again(tmp_path):
-    prompts = heldout_prompts(heldout(), 8, 2)
+    prompts = heldout_prompts(heldout(), 8, 1)
     said = []
     for _ in range(2):
         (record,) = run_exit_times(
-            subject(), prompts, tmp_path / "times.jsonl", ("static:2",), tokens=4, repeats=1,
+            subject(1), prompts, tmp_path / "times.jsonl", ("static:2",), tokens=4, repeats=1,
             progress=said.append,
         )  # fmt: skip
     assert said[0].endswith("done") and said[1].endswith("found")

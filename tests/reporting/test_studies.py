@@ -5,6 +5,7 @@ import pytest
 
 from ouro_jax.reporting.depth import draw_depth
 from ouro_jax.reporting.exits import RULES, draw_calibration, draw_exits
+from ouro_jax.reporting.probes import draw_agreement, draw_probes
 
 
 def test_depth_is_drawn_beyond_training_and_without_bytes(tmp_path):
@@ -34,6 +35,19 @@ def test_exits_and_calibration_are_drawn_for_each_checkpoint(tmp_path, names):
     draw_exits(records, tmp_path / "exits.png")
     draw_calibration(records, tmp_path / "calibration.png")
     assert drawn(tmp_path / "exits.png") and drawn(tmp_path / "calibration.png")
+
+
+def test_probes_and_agreement_are_drawn_with_gaps(tmp_path):
+    records = [
+        {"kind": "probe", "step": step, "loop": loop, "layer": layer, "rarer": 20,
+         "auc": None if step == 3 else 0.8, "control_auc": None if step == 3 else 0.5}
+        for step in (2, 3) for loop in range(1, step + 1) for layer in (1, 2)
+    ]  # fmt: skip
+    draw_probes(records, tmp_path / "probes.png")
+    agreement = {"kind": "agreement", "questions": "pairs", "num_prompts": 9, "trained_loops": 2,
+                 "matrix": [[9, 4, 3], [4, 9, 5], [3, 5, 9]]}  # fmt: skip
+    draw_agreement(agreement, tmp_path / "agreement.png")
+    assert drawn(tmp_path / "probes.png") and drawn(tmp_path / "agreement.png")
 
 
 def drawn(path):
