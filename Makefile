@@ -22,7 +22,7 @@ lint: .venv/installed
 .venv/installed: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[clean,data,dev,quantize,serve,tpu]"
+	$(BIN)/pip install --quiet -e ".[clean,data,dev,eval,quantize,serve,study,tpu]"
 	touch $@
 
 clean:

@@ -157,8 +157,11 @@ class TaskRows:
 def open_task_rows(root: str | os.PathLike, directory: str | os.PathLike) -> TaskRows | None:
     """The training rows of a task whose manifest lies in `directory`; None if it is no task's."""
     folder = Folder(directory)
-    described = json.loads(folder.read_bytes(MANIFEST))
-    if described.get("format") != FORMAT:
+    try:
+        described = json.loads(folder.read_bytes(MANIFEST))
+    except ValueError:
+        return None  # `open_rows` says what is wrong with it
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
         return None
     task, length = make_task(described["task"]), described["sequence_length"]
     hashed = tokenizer_hash(Path(root) / "tokenizer.json")
