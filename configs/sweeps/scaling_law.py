@@ -2,9 +2,15 @@
 
   ouro sweep configs/sweeps/scaling_law.py --workdir=runs/scaling_law --workers=2
 
-Needs nothing: the text is what `configs/tiny.py` uses. One pass over it, 200,000 tokens a run. The
-paper has 53M to 1.36B parameters, T = 1, 2, 4, 8 and 20B tokens: at this size the embedding is most
-of the model, and what the fit says holds for this size.
+  ouro experiment scaling_law --checkpoint=runs/scaling_law --workdir=runs/law
+
+Needs nothing: the text is what `configs/tiny.py` uses. 91,000 to 665,000 parameters, 200,000 tokens
+a run; five minutes on two cores. The paper has 53M to 1.36B, T = 1, 2, 4, 8 and 20B tokens.
+
+It shows that the fit works, and no law: expect R² 0.976 for the total loss, 0.92 on sizes held out,
+0 and less on tokens held out (the first half says little of the rest), 0.98 and 0.95 step-wise.
+Loops do not pay so early: the first loop has the lowest loss, the fitted C is 0, and with more of
+them more bits are needed (2.11, 2.14, 2.31 per byte for T = 1, 2, 4 at the largest size).
 """
 
 import dataclasses

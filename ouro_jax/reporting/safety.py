@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ouro_jax.errors import ConfigError
+from ouro_jax.reporting.figures import figure_file, spread_colours
 from ouro_jax.reporting.history import Record
-from ouro_jax.reporting.light import light_figure
 from ouro_jax.training.lines import read_lines
 
 COLUMNS = 3
@@ -21,9 +21,10 @@ def draw_safety(files: Sequence[str | Path], path: str | Path) -> Path:
 
     The legend says of whom a stand-in judged. ConfigError for a file without a summary.
     """
-    with light_figure(380, path) as (figure, colours):
+    with figure_file(path, 380) as (figure, colours):
         panels = figure.subplots(1, 2)
-        for place, file in enumerate(files):
+        line_colours = spread_colours(len(files), colours)
+        for file, colour in zip(files, line_colours, strict=True):
             records = read_lines(Path(file))
             summaries = [record for record in records if record["kind"] == "safety_summary"]
             if not summaries:
@@ -36,7 +37,7 @@ def draw_safety(files: Sequence[str | Path], path: str | Path) -> Path:
                 judged = [row for row in rows if row[key] is not None]
                 axes.plot(
                     [row["depth"] for row in judged], [row[key] for row in judged], "o-",
-                    color=colours[f"loop-{place * 3 % 8 + 1}"], label=label,
+                    color=colour, label=label,
                 )  # fmt: skip
         panels[0].set_title("mean score of the judge", loc="left", fontsize=13)
         panels[0].set_ylim(0.9, 5.1)
@@ -62,7 +63,7 @@ def draw_prompt_states(file: str | Path, path: str | Path) -> Path:
         raise ConfigError(f"{file}: no safety_separation record; expected states of prompts.")
     states = [record for record in records if record["kind"] == "safety_state"]
     rows = -(-(len(depths) + 1) // COLUMNS)
-    with light_figure(70 + 270 * rows, path) as (figure, colours):
+    with figure_file(path, 70 + 270 * rows) as (figure, colours):
         grid = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
         for axes in grid[len(depths) + 1 :]:
             axes.set_visible(False)

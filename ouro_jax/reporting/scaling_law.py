@@ -9,9 +9,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from ouro_jax.errors import ConfigError
+from ouro_jax.reporting.figures import figure_file
 from ouro_jax.reporting.history import Record, short_count
-from ouro_jax.reporting.light import light_figure, light_loop
-from ouro_jax.reporting.plots import short_tick
+from ouro_jax.reporting.plots import MAX_LOOP_COLOURS, short_tick
 from ouro_jax.training.lines import read_lines
 
 COLUMNS = 3
@@ -32,7 +32,7 @@ def draw_scaling_law(records_file: str | Path, path: str | Path) -> Path:
     total = [point for point in points if point["law"] == "total"]
     sizes = sorted({point["parameters"] for point in total})
     law_rows, size_rows = -(-len(laws) // COLUMNS), -(-len(sizes) // COLUMNS)
-    with light_figure(70 + 290 * (law_rows + size_rows), path) as (figure, colours):
+    with figure_file(path, 70 + 290 * (law_rows + size_rows)) as (figure, colours):
         grid = figure.subplots(law_rows + size_rows, COLUMNS, squeeze=False).flatten()
         for axes in grid:
             axes.set_visible(False)
@@ -47,7 +47,9 @@ def draw_scaling_law(records_file: str | Path, path: str | Path) -> Path:
             axes.set_ylim(min(lows), max(highs))
         loops = sorted({point["loops"] for point in points})
         dots = [
-            Line2D([], [], color=light_loop(each, colours), marker=".", ls="", label=f"T = {each}")
+            Line2D(
+                [], [], color=_loop_colour(each, colours), marker=".", ls="", label=f"T = {each}"
+            )
             for each in loops
         ]
         figure.legend(handles=dots, loc="outside lower center", ncols=8)
@@ -70,7 +72,7 @@ def _draw_fit(axes: Axes, law: Record, points: Sequence[Record], colours: dict[s
         own = [point for point in points if point["loops"] == loops]
         axes.plot(
             [point["loss"] for point in own], [point["predicted"] for point in own], ".",
-            color=light_loop(loops, colours), markersize=6, alpha=0.8,
+            color=_loop_colour(loops, colours), markersize=6, alpha=0.8,
         )  # fmt: skip
     axes.set_xlabel("measured, nats per token")
     axes.set_ylabel("predicted")
@@ -84,13 +86,17 @@ def _draw_size(axes: Axes, size: int, points: Sequence[Record], colours: dict[st
     axes.set_title(f"N = {short_count(size)}", loc="left", fontsize=13)
     ordered = sorted(points, key=lambda point: (point["loops"], point["run"], point["tokens"]))
     for (loops, _), group in itertools.groupby(ordered, lambda p: (p["loops"], p["run"])):
-        own, colour = list(group), light_loop(loops, colours)
+        own, colour = list(group), _loop_colour(loops, colours)
         tokens = [point["tokens"] for point in own]
         axes.plot(tokens, [p["loss"] for p in own], ".", color=colour, markersize=6, alpha=0.8)
         axes.plot(tokens, [p["predicted"] for p in own], color=colour)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.xaxis.set_major_formatter(FuncFormatter(short_tick))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens")
     axes.set_ylabel("total loss")
+
+
+def _loop_colour(loops: int, colours: dict[str, str]) -> str:
+    return colours[f"loop-{min(loops, MAX_LOOP_COLOURS)}"]

