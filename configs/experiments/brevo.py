@@ -15,26 +15,17 @@ its sizes.
 
 from ml_collections import ConfigDict
 
-from ouro_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    LayoutConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Stage,
-    to_config_dict,
-)
+from ouro_jax.config import to_config_dict
 from ouro_jax.data.tasks.rows import make_task
 from ouro_jax.errors import require_choice
 from ouro_jax.experiments.experiment import (
     PROTOCOLS,
     Experiment,
+    Shape,
     looped_and_baselines,
     rates,
     seeds_first,
+    task_config,
 )
 from ouro_jax.experiments.sweep import Overrides, product
 
@@ -44,12 +35,15 @@ TASKS = {
               "other_nodes": (5, 7, 13)},
     "paper": {"name": "brevo", "max_nodes": 70, "symbols": 70, "min_name": 1, "max_name": 1},
 }  # fmt: skip
-# Layers, width, heads, MLP width; rows of a batch, row length, steps, warm-up steps, learning rate.
+# About a thousand tokens at a time stay in a CPU's cache, as in Mano.
 SHAPES = {
-    "smoke": (1, 32, 2, 64, 64, 42, 200, 20, 4e-3),
-    "small": (1, 96, 3, 256, 64, 150, 3000, 100, 3e-3),
-    "paper": (3, 768, 12, 2048, 256, 1024, 100_000, 1000, 1e-3),
-}
+    "smoke": Shape(layers=1, width=32, heads=2, mlp=64, rows=64, length=42,
+                   steps=200, warmup_steps=20, learning_rate=4e-3),
+    "small": Shape(layers=1, width=96, heads=3, mlp=256, rows=64, length=150,
+                   steps=3000, warmup_steps=100, learning_rate=3e-3, microbatch_rows=8),
+    "paper": Shape(layers=3, width=768, heads=12, mlp=2048, rows=256, length=1024,
+                   steps=100_000, warmup_steps=1000, learning_rate=1e-3),
+}  # fmt: skip
 # Nodes, symbols, shortest and longest name; rows of a batch, row length, steps.
 PAPER_RUNS = [
     (70, 70, 1, 1, 256, 1024, 100_000),
@@ -64,45 +58,15 @@ PAPER_RUNS = [
 def get_config(protocol: str = "small") -> ConfigDict:
     """`smoke`, `small` or `paper`: the looped model; `get_experiment` changes layers and loops."""
     require_choice(protocol, PROTOCOLS, "configs/experiments/brevo.py protocol")
-    layers, width, heads, mlp, rows, length, steps, warmup, rate = SHAPES[protocol]
-    task = TASKS[protocol]
-    stage = Stage(
-        tokens=steps * rows * length,
-        sequence_length=length,
-        batch_tokens=rows * length,
-        num_layers=layers,
-        num_loops=4,
-        mixture={"brevo": 1.0},
-        learning_rate=rate,
-        final_learning_rate=rate / 10,
-        schedule="cosine",
-        warmup_tokens=warmup * rows * length,
-        weight_decay=0.03,
-        objective="last_loop",
-    )
-    config = Config(
-        name=f"brevo_{protocol}",
-        model=ModelConfig(
-            vocab_size=len(make_task(task).vocabulary), hidden_size=width, intermediate_size=mlp,
-            num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
-            initializer_range=width**-0.5, embedding_initializer_range=1.0,
-            dtype="bfloat16" if protocol == "paper" else "float32",
-        ),
-        stages={"stable_1a": stage},
-        data=DataConfig(root="data/experiments", task=task),
-        # About a thousand tokens at a time stay in a CPU's cache, as in Mano.
-        layout=LayoutConfig(microbatch_rows=8 if protocol == "small" else 0),
-        optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0),
-        checkpoint=CheckpointConfig(every_tokens=stage.tokens),
-        evaluation=EvaluationConfig(every_tokens=stage.tokens // 12),
-        logging=LoggingConfig(every_steps=100 if protocol == "small" else 10, tensorboard=False),
+    config = task_config(
+        protocol, TASKS[protocol], SHAPES[protocol], {"brevo": 1.0}, weight_decay=0.03
     )  # fmt: skip
     return to_config_dict(config)
 
 
 def get_experiment(protocol: str = "small") -> Experiment:
     """The models of a protocol, their seeds, and the published scores of an unlooped model."""
-    layers, rate = SHAPES[protocol][0], SHAPES[protocol][-1]
+    layers, rate = SHAPES[protocol].layers, SHAPES[protocol].learning_rate
     if protocol == "paper":
         return Experiment("brevo", _paper_runs(), axis="max_nodes", published=PUBLISHED)
     loops, seeds = (2, (0,)) if protocol == "smoke" else (4, (0, 1, 2))
@@ -110,7 +74,7 @@ def get_experiment(protocol: str = "small") -> Experiment:
     differences = [
         f"graphs of up to {task['max_nodes']} nodes with names of one of {task['symbols']} tokens, "
         "not 30 to 110 nodes",
-        f"width {SHAPES[protocol][1]} and one layer, not 768 and 3",
+        f"width {SHAPES[protocol].width} and one layer, not 768 and 3",
         "one learning rate for all models, not the best of four",
     ]
     runs = seeds_first(product(rates([rate]), looped_and_baselines(layers, loops)), seeds)
@@ -128,7 +92,7 @@ def _paper_runs() -> list[Overrides]:
             "model.vocab_size": len(make_task({"name": "brevo", **names}).vocabulary),
             "stages.*.sequence_length": length,
             "stages.*.batch_tokens": rows * length,
-            "stages.*.warmup_tokens": SHAPES["paper"][-2] * rows * length,
+            "stages.*.warmup_tokens": SHAPES["paper"].warmup_steps * rows * length,
             "stages.*.tokens": steps * rows * length,
         })  # fmt: skip
     return product(

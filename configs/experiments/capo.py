@@ -19,25 +19,23 @@ have SwiGLU, and an embedding and a head of their own, so a million parameters h
 does not say which loss a looped model takes; here it is the last loop's.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ouro_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Stage,
-    to_config_dict,
-)
+from ouro_jax.config import to_config_dict
 from ouro_jax.data.tasks.rows import make_task
 from ouro_jax.errors import require_choice
-from ouro_jax.experiments.experiment import PROTOCOLS, Experiment, model, seeds_first
+from ouro_jax.experiments.experiment import (
+    PROTOCOLS,
+    Experiment,
+    Shape,
+    model,
+    seeds_first,
+    task_config,
+)
 from ouro_jax.experiments.sweep import Overrides, product
 
 SMALL = {
@@ -51,48 +49,26 @@ TASKS = {
     "small": SMALL,
     "paper": {"name": "capo", "people": 20_000, "exposures": 1000},
 }
-# Layers, width, heads, MLP width; rows of a batch, row length, warm-up steps, learning rate.
+# Steps are as many as the exposures make.
 SHAPES = {
-    "smoke": (1, 16, 1, 48, 16, 124, 10, 8e-3),
-    "small": (1, 32, 2, 128, 16, 124, 100, 8e-3),
-    "paper": (2, 128, 2, 352, 192, 512, 1000, 1e-3),
-}
+    "smoke": Shape(layers=1, width=16, heads=1, mlp=48, rows=16, length=124,
+                   steps=0, warmup_steps=10, learning_rate=8e-3),
+    "small": Shape(layers=1, width=32, heads=2, mlp=128, rows=16, length=124,
+                   steps=0, warmup_steps=100, learning_rate=8e-3),
+    "paper": Shape(layers=2, width=128, heads=2, mlp=352, rows=192, length=512,
+                   steps=0, warmup_steps=1000, learning_rate=1e-3),
+}  # fmt: skip
 
 
 def get_config(protocol: str = "small") -> ConfigDict:
     """`smoke`, `small` or `paper`: the model of four loops."""
     require_choice(protocol, PROTOCOLS, "configs/experiments/capo.py protocol")
-    layers, width, heads, mlp, rows, length, warmup, rate = SHAPES[protocol]
-    task = TASKS[protocol]
-    stage = Stage(
-        tokens=_tokens(protocol, task),
-        sequence_length=length,
-        batch_tokens=rows * length,
-        num_layers=layers,
-        num_loops=4,
-        mixture={"biographies": 1.0},
-        learning_rate=rate,
-        final_learning_rate=rate / 10,
-        schedule="cosine",
-        warmup_tokens=warmup * rows * length,
-        weight_decay=0.02,
-        objective="last_loop",
-    )
-    config = Config(
-        name=f"capo_{protocol}",
-        model=ModelConfig(
-            vocab_size=len(make_task(task).vocabulary), hidden_size=width, intermediate_size=mlp,
-            num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
-            initializer_range=width**-0.5, embedding_initializer_range=1.0,
-            dtype="bfloat16" if protocol == "paper" else "float32",
-        ),
-        stages={"stable_1a": stage},
-        data=DataConfig(root="data/experiments", task=task),
-        optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0),
-        checkpoint=CheckpointConfig(every_tokens=stage.tokens),
-        # The sets are not named like the source: bits are measured when a model is trained.
-        evaluation=EvaluationConfig(every_tokens=stage.tokens),
-        logging=LoggingConfig(every_steps=100 if protocol == "small" else 10, tensorboard=False),
+    shape = SHAPES[protocol]
+    shape = dataclasses.replace(shape, steps=_steps(shape, TASKS[protocol]))
+    # The sets are not named like the source: bits are measured when a model is trained.
+    config = task_config(
+        protocol, TASKS[protocol], shape, {"biographies": 1.0}, weight_decay=0.02,
+        evaluations=1
     )  # fmt: skip
     return to_config_dict(config)
 
@@ -104,7 +80,7 @@ def get_experiment(protocol: str = "small") -> Experiment:
             "capo", _paper_runs(), axis="people", main_set="biographies", published=PUBLISHED
         )
     layers, loops, seeds = (1, 2, (0,)) if protocol == "smoke" else (1, 4, (0, 1, 2))
-    task, width = TASKS[protocol], SHAPES[protocol][1]
+    task, width = TASKS[protocol], SHAPES[protocol].width
     differences = [
         f"{task['people']:,} people met {task['exposures']} times, not 20,000 to 500,000 met 1,000 "
         "times",
@@ -117,16 +93,16 @@ def get_experiment(protocol: str = "small") -> Experiment:
     )
 
 
-def _tokens(protocol: str, task: Mapping[str, Any]) -> int:
-    """Of the full batches that all exposures make."""
-    *_, batch, length, _, _ = SHAPES[protocol]
-    rows = make_task(task).num_rows("biographies", length)
-    return rows // batch * batch * length
+def _steps(shape: Shape, task: Mapping[str, Any]) -> int:
+    """The full batches that all exposures make."""
+    return make_task(task).num_rows("biographies", shape.length) // shape.rows
 
 
 def _paper_runs() -> list[Overrides]:
+    shape = SHAPES["paper"]
+    batch_tokens = shape.rows * shape.length
     people = [
-        {"data.task.people": number, "stages.*.tokens": _tokens("paper", task)}
+        {"data.task.people": number, "stages.*.tokens": _steps(shape, task) * batch_tokens}
         for number in (20_000, 50_000, 100_000, 200_000, 500_000)
         for task in [TASKS["paper"] | {"people": number}]
     ]

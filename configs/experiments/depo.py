@@ -13,26 +13,17 @@ Its models are not looped; here 3 ⊗ 4 of width 768 stands beside 3 ⊗ 1 and 1
 
 from ml_collections import ConfigDict
 
-from ouro_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    LayoutConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Stage,
-    to_config_dict,
-)
+from ouro_jax.config import to_config_dict
 from ouro_jax.data.tasks.rows import make_task
 from ouro_jax.errors import require_choice
 from ouro_jax.experiments.experiment import (
     PROTOCOLS,
     Experiment,
+    Shape,
     looped_and_baselines,
     rates,
     seeds_first,
+    task_config,
 )
 from ouro_jax.experiments.sweep import Overrides, product
 
@@ -45,12 +36,15 @@ TASKS = {
               "other_hops": (1, 3)},
     "paper": {"name": "depo", "max_nodes": 225, **DEPO1},
 }  # fmt: skip
-# Layers, width, heads, MLP width; rows of a batch, row length, steps, warm-up steps, learning rate.
+# About a thousand tokens at a time stay in a CPU's cache, as in Mano.
 SHAPES = {
-    "smoke": (1, 32, 2, 64, 64, 48, 200, 20, 4e-3),
-    "small": (1, 96, 3, 256, 64, 128, 3000, 100, 3e-3),
-    "paper": (3, 768, 12, 2048, 128, 2048, 87_500, 1000, 1e-3),
-}
+    "smoke": Shape(layers=1, width=32, heads=2, mlp=64, rows=64, length=48,
+                   steps=200, warmup_steps=20, learning_rate=4e-3),
+    "small": Shape(layers=1, width=96, heads=3, mlp=256, rows=64, length=128,
+                   steps=3000, warmup_steps=100, learning_rate=3e-3, microbatch_rows=8),
+    "paper": Shape(layers=3, width=768, heads=12, mlp=2048, rows=128, length=2048,
+                   steps=87_500, warmup_steps=1000, learning_rate=1e-3),
+}  # fmt: skip
 PAPER_STEPS = [
     (DEPO1, {225: 87_500, 300: 100_000, 375: 112_500}),
     (DEPO2, {75: 100_000, 100: 125_000, 125: 150_000}),
@@ -60,45 +54,15 @@ PAPER_STEPS = [
 def get_config(protocol: str = "small") -> ConfigDict:
     """`smoke`, `small` or `paper`: the looped model; `get_experiment` changes layers and loops."""
     require_choice(protocol, PROTOCOLS, "configs/experiments/depo.py protocol")
-    layers, width, heads, mlp, rows, length, steps, warmup, rate = SHAPES[protocol]
-    task = TASKS[protocol]
-    stage = Stage(
-        tokens=steps * rows * length,
-        sequence_length=length,
-        batch_tokens=rows * length,
-        num_layers=layers,
-        num_loops=4,
-        mixture={"depo": 1.0},
-        learning_rate=rate,
-        final_learning_rate=rate / 10,
-        schedule="cosine",
-        warmup_tokens=warmup * rows * length,
-        weight_decay=0.03,
-        objective="last_loop",
-    )
-    config = Config(
-        name=f"depo_{protocol}",
-        model=ModelConfig(
-            vocab_size=len(make_task(task).vocabulary), hidden_size=width, intermediate_size=mlp,
-            num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
-            initializer_range=width**-0.5, embedding_initializer_range=1.0,
-            dtype="bfloat16" if protocol == "paper" else "float32",
-        ),
-        stages={"stable_1a": stage},
-        data=DataConfig(root="data/experiments", task=task),
-        # About a thousand tokens at a time stay in a CPU's cache, as in Mano.
-        layout=LayoutConfig(microbatch_rows=8 if protocol == "small" else 0),
-        optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0),
-        checkpoint=CheckpointConfig(every_tokens=stage.tokens),
-        evaluation=EvaluationConfig(every_tokens=stage.tokens // 12),
-        logging=LoggingConfig(every_steps=100 if protocol == "small" else 10, tensorboard=False),
+    config = task_config(
+        protocol, TASKS[protocol], SHAPES[protocol], {"depo": 1.0}, weight_decay=0.03
     )  # fmt: skip
     return to_config_dict(config)
 
 
 def get_experiment(protocol: str = "small") -> Experiment:
     """The models of a protocol and their seeds. The paper's scores are in pictures only."""
-    layers, rate = SHAPES[protocol][0], SHAPES[protocol][-1]
+    layers, rate = SHAPES[protocol].layers, SHAPES[protocol].learning_rate
     if protocol == "paper":
         return Experiment("depo", _paper_runs(), axis="max_nodes")
     loops, seeds = (2, (0,)) if protocol == "smoke" else (4, (0, 1, 2))
@@ -106,7 +70,7 @@ def get_experiment(protocol: str = "small") -> Experiment:
     differences = [
         f"cycles of up to {task['max_nodes']} nodes with names of one token and up to "
         f"{task['max_hops']} hops, not 75 to 375 nodes and 8 or 16 hops",
-        f"width {SHAPES[protocol][1]} and one layer, not 768 and 3",
+        f"width {SHAPES[protocol].width} and one layer, not 768 and 3",
         "one learning rate for all models, not the best of four",
     ]
     runs = seeds_first(product(rates([rate]), looped_and_baselines(layers, loops)), seeds)
@@ -114,14 +78,14 @@ def get_experiment(protocol: str = "small") -> Experiment:
 
 
 def _paper_runs() -> list[Overrides]:
-    _, _, _, _, rows, length, _, _, _ = SHAPES["paper"]
+    batch_tokens = SHAPES["paper"].rows * SHAPES["paper"].length
     problems = [
         {
             "data.task.max_nodes": nodes,
             **{f"data.task.{key}": value for key, value in variant.items()},
             "model.vocab_size": len(make_task({"name": "depo", "max_nodes": nodes, **variant})
                                     .vocabulary),
-            "stages.*.tokens": steps * rows * length,
+            "stages.*.tokens": steps * batch_tokens,
         }
         for variant, sizes in PAPER_STEPS
         for nodes, steps in sizes.items()

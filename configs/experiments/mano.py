@@ -14,27 +14,18 @@ say which it took, and on all tokens.
 
 from ml_collections import ConfigDict
 
-from ouro_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    LayoutConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Stage,
-    to_config_dict,
-)
+from ouro_jax.config import to_config_dict
 from ouro_jax.data.tasks.rows import make_task
 from ouro_jax.errors import require_choice
 from ouro_jax.experiments.experiment import (
     PROTOCOLS,
     Experiment,
+    Shape,
     looped_and_baselines,
     model,
     rates,
     seeds_first,
+    task_config,
 )
 from ouro_jax.experiments.sweep import Overrides, product
 
@@ -45,50 +36,24 @@ TASKS = {
               "other_lengths": (2, 3, 5, 6)},
     "paper": {"name": "mano", "max_length": 10, "modulus": 23},
 }  # fmt: skip
-# Layers, width, heads, MLP width; rows of a batch, row length, steps, warm-up steps, learning rate.
 # On CPU the small model's step takes 0.26 s in microbatches of 54 rows, which stay in the cache,
 # and 0.40 s in one of 216.
 SHAPES = {
-    "smoke": (1, 32, 2, 64, 64, 16, 300, 30, 4e-3),
-    "small": (1, 96, 3, 256, 216, 20, 6000, 100, 4e-3),
-    "paper": (2, 1024, 16, 2816, 128, 1024, 80_000, 1000, 2e-4),
-}
+    "smoke": Shape(layers=1, width=32, heads=2, mlp=64, rows=64, length=16,
+                   steps=300, warmup_steps=30, learning_rate=4e-3),
+    "small": Shape(layers=1, width=96, heads=3, mlp=256, rows=216, length=20,
+                   steps=6000, warmup_steps=100, learning_rate=4e-3, microbatch_rows=54),
+    "paper": Shape(layers=2, width=1024, heads=16, mlp=2816, rows=128, length=1024,
+                   steps=80_000, warmup_steps=1000, learning_rate=2e-4),
+}  # fmt: skip
 PAPER_STEPS = {10: 80_000, 16: 110_000, 24: 200_000}
 
 
 def get_config(protocol: str = "small") -> ConfigDict:
     """`smoke`, `small` or `paper`: the looped model; `get_experiment` changes layers and loops."""
     require_choice(protocol, PROTOCOLS, "configs/experiments/mano.py protocol")
-    layers, width, heads, mlp, rows, length, steps, warmup, rate = SHAPES[protocol]
-    task = TASKS[protocol]
-    stage = Stage(
-        tokens=steps * rows * length,
-        sequence_length=length,
-        batch_tokens=rows * length,
-        num_layers=layers,
-        num_loops=4,
-        mixture={"mano": 1.0},
-        learning_rate=rate,
-        final_learning_rate=rate / 10,
-        schedule="cosine",
-        warmup_tokens=warmup * rows * length,
-        objective="last_loop",
-    )
-    config = Config(
-        name=f"mano_{protocol}",
-        model=ModelConfig(
-            vocab_size=len(make_task(task).vocabulary), hidden_size=width, intermediate_size=mlp,
-            num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
-            initializer_range=width**-0.5, embedding_initializer_range=1.0,
-            dtype="bfloat16" if protocol == "paper" else "float32",
-        ),
-        stages={"stable_1a": stage},
-        data=DataConfig(root="data/experiments", task=task),
-        layout=LayoutConfig(microbatch_rows=54 if protocol == "small" else 0),
-        optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0),
-        checkpoint=CheckpointConfig(every_tokens=stage.tokens),
-        evaluation=EvaluationConfig(every_tokens=stage.tokens // 12),
-        logging=LoggingConfig(every_steps=100 if protocol == "small" else 10, tensorboard=False),
+    config = task_config(
+        protocol, TASKS[protocol], SHAPES[protocol], {"mano": 1.0}
     )  # fmt: skip
     return to_config_dict(config)
 
@@ -101,12 +66,12 @@ def get_experiment(protocol: str = "small") -> Experiment:
     differences = [
         f"expressions of up to {TASKS[protocol]['max_length']} operations modulo "
         f"{TASKS[protocol]['modulus']}, not 10 to 24 modulo 23",
-        f"width {SHAPES[protocol][1]} and one layer, not 1,024 and 2 to 6",
+        f"width {SHAPES[protocol].width} and one layer, not 1,024 and 2 to 6",
         "loss on the answer, not on all tokens",
         "one learning rate for all models, not the best of four",
     ]
     runs = seeds_first(
-        product(rates([SHAPES[protocol][-1]]), looped_and_baselines(1, loops)), seeds
+        product(rates([SHAPES[protocol].learning_rate]), looped_and_baselines(1, loops)), seeds
     )
     return Experiment("mano", runs, published=PUBLISHED, differences=differences)
 

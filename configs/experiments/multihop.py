@@ -21,20 +21,16 @@ decay (0.1), nor which loss a looped model takes (the last loop's).
 
 from ml_collections import ConfigDict
 
-from ouro_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Stage,
-    to_config_dict,
-)
-from ouro_jax.data.tasks.rows import make_task
+from ouro_jax.config import to_config_dict
 from ouro_jax.errors import require_choice
-from ouro_jax.experiments.experiment import PROTOCOLS, Experiment, model, seeds_first
+from ouro_jax.experiments.experiment import (
+    PROTOCOLS,
+    Experiment,
+    Shape,
+    model,
+    seeds_first,
+    task_config,
+)
 from ouro_jax.experiments.sweep import one_of, product
 
 TASKS = {
@@ -46,47 +42,23 @@ TASKS = {
               "loss_on": "answer"},
     "paper": {"name": "multihop", "train_questions": 120_000},
 }  # fmt: skip
-# Layers, width, heads, MLP width; rows of a batch, row length, steps, warm-up steps, learning
-# rate, and the share of rows with profiles.
 SHAPES = {
-    "smoke": (1, 32, 2, 64, 32, 30, 200, 20, 4e-3, 0.2),
-    "small": (1, 96, 3, 256, 64, 30, 4000, 100, 4e-3, 0.2),
-    "paper": (6, 1024, 16, 2816, 2048, 1024, 20_000, 1000, 5e-4, 0.1),
-}
+    "smoke": Shape(layers=1, width=32, heads=2, mlp=64, rows=32, length=30,
+                   steps=200, warmup_steps=20, learning_rate=4e-3),
+    "small": Shape(layers=1, width=96, heads=3, mlp=256, rows=64, length=30,
+                   steps=4000, warmup_steps=100, learning_rate=4e-3),
+    "paper": Shape(layers=6, width=1024, heads=16, mlp=2816, rows=2048, length=1024,
+                   steps=20_000, warmup_steps=1000, learning_rate=5e-4),
+}  # fmt: skip
+PROFILES = {"smoke": 0.2, "small": 0.2, "paper": 0.1}  # the share of rows with profiles
 
 
 def get_config(protocol: str = "small") -> ConfigDict:
     """`smoke`, `small` or `paper`: the model of four loops."""
     require_choice(protocol, PROTOCOLS, "configs/experiments/multihop.py protocol")
-    layers, width, heads, mlp, rows, length, steps, warmup, rate, profiles = SHAPES[protocol]
-    task = TASKS[protocol]
-    stage = Stage(
-        tokens=steps * rows * length,
-        sequence_length=length,
-        batch_tokens=rows * length,
-        num_layers=layers,
-        num_loops=4,
-        mixture={"profiles": profiles, "questions": 1 - profiles},
-        learning_rate=rate,
-        final_learning_rate=rate / 10,
-        schedule="cosine",
-        warmup_tokens=warmup * rows * length,
-        objective="last_loop",
-    )
-    config = Config(
-        name=f"multihop_{protocol}",
-        model=ModelConfig(
-            vocab_size=len(make_task(task).vocabulary), hidden_size=width, intermediate_size=mlp,
-            num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
-            initializer_range=width**-0.5, embedding_initializer_range=1.0,
-            dtype="bfloat16" if protocol == "paper" else "float32",
-        ),
-        stages={"stable_1a": stage},
-        data=DataConfig(root="data/experiments", task=task),
-        optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0),
-        checkpoint=CheckpointConfig(every_tokens=stage.tokens),
-        evaluation=EvaluationConfig(every_tokens=stage.tokens // 12),
-        logging=LoggingConfig(every_steps=100 if protocol == "small" else 10, tensorboard=False),
+    config = task_config(
+        protocol, TASKS[protocol], SHAPES[protocol],
+        {"profiles": PROFILES[protocol], "questions": 1 - PROFILES[protocol]}
     )  # fmt: skip
     return to_config_dict(config)
 
@@ -96,7 +68,7 @@ def get_experiment(protocol: str = "small") -> Experiment:
     questions = {"smoke": [80], "small": [3000, 6000, 12_000],
                  "paper": [100_000, 120_000, 140_000]}  # fmt: skip
     loops = {"smoke": (1, 2), "small": (1, 2, 4), "paper": (1, 2, 4)}
-    models = [run for number in loops[protocol] for run in model(SHAPES[protocol][0], number)]
+    models = [run for number in loops[protocol] for run in model(SHAPES[protocol].layers, number)]
     if protocol == "paper":
         models += model(24, 1)  # as many FLOPs as 6 ⊗ 4
     seeds = {"smoke": (0,), "small": (0, 1), "paper": (0, 1, 2, 3)}
@@ -106,7 +78,7 @@ def get_experiment(protocol: str = "small") -> Experiment:
     differences = [] if protocol == "paper" else [
         f"{TASKS[protocol]['entities']} people and {TASKS[protocol]['relations']} relations, not "
         "500 and 20",
-        f"width {SHAPES[protocol][1]} and one layer, not 1,024 and six",
+        f"width {SHAPES[protocol].width} and one layer, not 1,024 and six",
         "loss on the answer of a question, not on all tokens",
     ]  # fmt: skip
     return Experiment(

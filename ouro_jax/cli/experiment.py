@@ -13,11 +13,13 @@ nothing and shows what there is.
   ouro experiment exit --checkpoint=runs/tiny/sft --checkpoint=runs/tiny/gate --workdir=runs/exit
   ouro experiment kv --checkpoint=runs/tiny --workdir=runs/kv
   ouro experiment faithfulness --checkpoint=runs/tiny --workdir=runs/faithfulness
+  ouro experiment safety --checkpoint=runs/tiny --data=HEx-PHI --judge=gpt-4o --workdir=runs/safety
   ouro experiment scaling_law --checkpoint=runs/scaling_law --workdir=runs/law
 
 These study what is trained: depth and exit on held-out rows (of the run, or at --data), KV policies
 on held-out prompts, probes and agreement of depths on question pairs (our templates, or Quora's TSV
-by --data), the scaling law over the runs of a sweep. Records and figures lie in WORKDIR.
+by --data), answers to HEx-PHI by depth (the user's copy, by --data), the scaling law over the runs
+of a sweep. Records and figures lie in WORKDIR.
 """
 
 import json
@@ -42,7 +44,10 @@ flags.DEFINE_string("protocol", "small", "smoke, small or paper.")
 flags.DEFINE_string("workdir", "", "Folder of the experiment: a folder for each run, the results.")
 flags.DEFINE_integer("workers", 2, "Runs at a time on this machine; 0: only show the results.")
 flags.DEFINE_multi_string("checkpoint", [], "What a study is of; exit takes several, in order.")
-flags.DEFINE_string("data", "", "Prepared data or Quora's TSV, in place of what the run has.")
+flags.DEFINE_string("data", "", "Prepared data, Quora's TSV or HEx-PHI: see above.")
+flags.DEFINE_string("judge", "", "Of safety: the judging model; its key is $OPENAI_API_KEY.")
+flags.DEFINE_string("judge_url", "", "Of safety: its OpenAI-compatible endpoint, ending in /v1.")
+flags.DEFINE_string("mode", "base", "Of safety: how the model answers, base or thinking.")
 flags.DEFINE_bool("dry_run", False, "Print the commands of the runs, and leave.")
 
 
@@ -50,7 +55,9 @@ def main(name: str = "") -> Mapping[str, Any] | None:
     """The verb: `name` is that of a card or of a study."""
     if name in STUDIES:
         workdir = Path(required("workdir", f"runs/{name}"))
-        return study(name, Asked(FLAGS.checkpoint, FLAGS.data, workdir))
+        return study(name, Asked(
+            FLAGS.checkpoint, FLAGS.data, workdir, FLAGS.judge, FLAGS.judge_url, FLAGS.mode
+        ))  # fmt: skip
     card = f"{_card(name)}:{FLAGS.protocol}"
     require_choice(FLAGS.protocol, PROTOCOLS, "--protocol")
     require(FLAGS.workers >= 0, "--workers", FLAGS.workers, "0 or more")

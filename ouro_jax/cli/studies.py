@@ -14,11 +14,18 @@ PAIRS = 1000
 
 
 class Asked(NamedTuple):
-    """What the flags say: checkpoints, where data lies ("" for the run's own), where to write."""
+    """What the flags say: checkpoints, where data lies ("" for the run's own), where to write.
+
+    The judge of safety is a model at an OpenAI-compatible endpoint ("" for OpenAI's own), and
+    `mode` says whether the model judged is a `base` or a `thinking` one.
+    """
 
     checkpoints: Sequence[str]
     data: str
     workdir: Path
+    judge: str = ""
+    judge_url: str = ""
+    mode: str = "base"
 
     def one(self) -> str:
         """The checkpoint, where a study takes a single one."""
@@ -103,9 +110,28 @@ def _scaling_law(asked: Asked) -> list[Path]:
     return [path, figure]
 
 
+def _safety(asked: Asked) -> list[Path]:
+    from ouro_jax.data.tokenizer import load_tokenizer
+    from ouro_jax.experiments.safety import load_prompts, run_safety
+    from ouro_jax.experiments.safety_judge import OpenAIJudge
+    from ouro_jax.reporting.safety import draw_safety
+
+    prompts = load_prompts(asked.data or "HEx-PHI")
+    require(bool(asked.judge), "--judge", asked.judge, "the judging model's name, e.g. gpt-4o")
+    judge = OpenAIJudge(asked.judge, asked.judge_url or None)
+    subject, tokenizer_file = _opened(asked.one())
+    path, figure = asked.workdir / "safety.jsonl", asked.workdir / "safety.png"
+    run_safety(
+        subject.config, subject.params, load_tokenizer(tokenizer_file), prompts, judge, path,
+        model_name=subject.name, mode=asked.mode, say=_say,
+    )  # fmt: skip
+    draw_safety([path], figure)
+    return [path, figure]
+
+
 STUDIES: dict[str, Callable[[Asked], list[Path]]] = {
     "depth": _depth, "exit": _exits, "kv": _kv, "faithfulness": _faithfulness,
-    "scaling_law": _scaling_law,
+    "safety": _safety, "scaling_law": _scaling_law,
 }  # fmt: skip
 
 

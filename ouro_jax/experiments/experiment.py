@@ -8,6 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ouro_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LayoutConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Stage,
+)
+from ouro_jax.data.tasks.rows import make_task
 from ouro_jax.experiments.sweep import Overrides, one_of
 
 PROTOCOLS = ("smoke", "small", "paper")
@@ -31,6 +43,70 @@ class Experiment:
     main_set: str = ""
     published: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     differences: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model of a protocol and how long it trains: what differs from card to card.
+
+    `mlp` is the width of the MLP, `rows` those of a batch, `length` their tokens; the learning rate
+    falls to a tenth. `microbatch_rows` 0 leaves them to the layout.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    mlp: int
+    rows: int
+    length: int
+    steps: int
+    warmup_steps: int
+    learning_rate: float
+    microbatch_rows: int = 0
+
+
+def task_config(
+    protocol: str,
+    task: Mapping[str, Any],
+    shape: Shape,
+    mixture: Mapping[str, float],
+    weight_decay: float = 0.1,
+    evaluations: int = 12,
+) -> Config:
+    """The config of a task's protocol: one stage of four loops on the last loop's loss.
+
+    The optimizer is that of the paper's experiments (appendix B): AdamW with betas 0.9 and 0.98,
+    eps 1e-6, clipping at 1, warm-up, cosine to a tenth. `evaluations` is how often held-out loss is
+    measured on the way.
+    """
+    batch_tokens, dtype = (
+        shape.rows * shape.length,
+        "bfloat16" if protocol == "paper" else "float32",
+    )
+    stage = Stage(
+        tokens=shape.steps * batch_tokens, sequence_length=shape.length, batch_tokens=batch_tokens,
+        num_layers=shape.layers, num_loops=4, mixture=mixture,
+        learning_rate=shape.learning_rate, final_learning_rate=shape.learning_rate / 10,
+        schedule="cosine", warmup_tokens=shape.warmup_steps * batch_tokens,
+        weight_decay=weight_decay, objective="last_loop",
+    )  # fmt: skip
+    model = ModelConfig(
+        vocab_size=len(make_task(task).vocabulary), hidden_size=shape.width,
+        intermediate_size=shape.mlp, num_layers=shape.layers, num_heads=shape.heads,
+        num_kv_heads=shape.heads, head_dim=shape.width // shape.heads,
+        initializer_range=shape.width**-0.5, embedding_initializer_range=1.0, dtype=dtype,
+    )  # fmt: skip
+    return Config(
+        name=f"{task['name']}_{protocol}",
+        model=model,
+        stages={"stable_1a": stage},
+        data=DataConfig(root="data/experiments", task=task),
+        layout=LayoutConfig(microbatch_rows=shape.microbatch_rows),
+        optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0),
+        checkpoint=CheckpointConfig(every_tokens=stage.tokens),
+        evaluation=EvaluationConfig(every_tokens=stage.tokens // evaluations),
+        logging=LoggingConfig(every_steps=100 if protocol == "small" else 10, tensorboard=False),
+    )
 
 
 def model(layers: int, loops: int) -> list[Overrides]:

@@ -1,7 +1,7 @@
 """Evaluates the trained runs of an experiment into `WORKDIR/results.jsonl`, once each."""
 
+import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from ouro_jax.data.rows import RowSource
 from ouro_jax.data.tasks.capo import Capo
 from ouro_jax.data.tasks.rows import make_task
 from ouro_jax.data.tasks.task import Task
-from ouro_jax.errors import ConfigError
 from ouro_jax.experiments.answers import Score, has_many_answers, judge_answers, score_answers
 from ouro_jax.experiments.capacity import bits_per_parameter, max_bits_per_parameter
 from ouro_jax.experiments.sweep import PlannedRun
 from ouro_jax.training.checkpoint_files import checkpoint_root, steps_of
 from ouro_jax.training.checkpoints import load_params, load_position
 from ouro_jax.training.curriculum import StagePlan
+from ouro_jax.training.lines import Lines, read_lines
 from ouro_jax.training.trainer import prepare_data
 
 RESULTS = "results.jsonl"
@@ -26,22 +26,9 @@ Record = dict[str, Any]
 
 
 def read_results(workdir: Path) -> list[Record]:
-    """The records of `workdir/results.jsonl`, none if there is no such file.
-
-    ConfigError names a line that cannot be read; a last line that was cut short is none.
-    """
+    """The records of `workdir/results.jsonl`, none if there is no such file."""
     path = workdir / RESULTS
-    if not path.is_file():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if not line.endswith("\n"):
-                break
-            raise ConfigError(f"{path}, line {number}: not JSON ({error}); delete it.") from error
-    return records
+    return read_lines(path) if path.is_file() else []
 
 
 def evaluate_runs(
@@ -50,8 +37,8 @@ def evaluate_runs(
     """Evaluates each finished run that is not in results.jsonl yet; returns all its records.
 
     A record says what one run scored on one held-out set after one number of loops: `value` is in
-    units of `metric`, beside the `reference` that it is to be seen against. The records of a run
-    are written together, so one that was interrupted is evaluated again.
+    units of `metric`, beside the `reference` that it is to be seen against. A run is
+    measured whole before any of its records is written.
     """
     records = read_results(workdir)
     known = {record["run"] for record in records}
@@ -61,8 +48,9 @@ def evaluate_runs(
         tell(f"{run.name}: evaluating")
         new = list(_evaluate(run, workdir / run.name, loops))
         records += new
-        with (workdir / RESULTS).open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in new))
+        with contextlib.closing(Lines(workdir / RESULTS)) as lines:
+            for record in new:
+                lines.append(record)
     return records
 
 

@@ -23,6 +23,7 @@ from ouro_jax.model.exit import (
     q_exit,
     select_exit,
     static_exit,
+    sure_exit,
     top_probability,
 )
 from ouro_jax.model.loop_lm import LoopLM, LoopOutput
@@ -134,8 +135,8 @@ def exit_steps(
         return lookahead_exit(gates_TC, rule.value)
     if rule.kind == "hidden":
         return hidden_difference_exit(states_TCD, rule.value)
-    sure_TC = lax.map(lambda state_CD: top_probability(logits(state_CD)), states_TCD) >= rule.value
-    return jnp.argmax(sure_TC.at[-1].set(True), axis=0).astype(jnp.int32)
+    confidence_TC = lax.map(lambda state_CD: top_probability(logits(state_CD)), states_TCD)
+    return sure_exit(confidence_TC, rule.value)
 
 
 def _rows(pairs: Sequence[Pair], window: int) -> list[_Row]:

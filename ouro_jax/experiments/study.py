@@ -1,5 +1,6 @@
 """What the studies of a trained checkpoint share: its name and model, and records that are kept."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from ouro_jax.config import ModelConfig
+from ouro_jax.training.lines import Lines, read_lines
 
 Record = dict[str, Any]
 Prompts = Sequence[Sequence[int]]
@@ -51,12 +53,8 @@ class Records:
     def __init__(self, path: str | os.PathLike | None, progress: Progress | None = None):
         self._path = None if path is None else Path(path)
         self._progress = progress or (lambda line: None)
-        self._found: list[Record] = []
-        if self._path is not None and self._path.is_file():
-            whole, _, torn = self._path.read_text().rpartition("\n")
-            self._found = [json.loads(line) for line in whole.splitlines()]
-            if torn:
-                self._path.write_text(f"{whole}\n" if whole else "")
+        there = self._path is not None and self._path.is_file()
+        self._found: list[Record] = read_lines(self._path) if self._path and there else []
 
     def once(self, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Record:
         """The record of `key`: from the file, or the key and what `compute` returns, written."""
@@ -70,8 +68,8 @@ class Records:
         self._found.append(record)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            with contextlib.closing(Lines(self._path)) as lines:
+                lines.append(record)
         self._progress(f"{label}: done")
         return record
 
@@ -91,8 +89,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return _plain(np.asarray(value).tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_records(path: str | os.PathLike) -> list[Record]:
-    """All records of a file that a study wrote."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ouro_jax.reporting import experiment_plots, page
 from ouro_jax.reporting.plots import NARROW, WIDE, svg
+from ouro_jax.training.lines import read_lines
 
 Record = Mapping[str, Any]
 REPORT, FIGURE = "report.html", "results.png"
@@ -137,7 +138,7 @@ def _read(
 ) -> tuple[Record, experiment_plots.Results | None, list[dict[str, Any]]]:
     described = json.loads((workdir / DESCRIBED).read_text())
     path = workdir / RESULTS
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    records = read_lines(path) if path.is_file() else []
     summary = summarise(records, described["axis"], described["main_set"])
     if not summary:
         return described, None, []

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ouro_jax.reporting.data import light_colours
-from ouro_jax.reporting.plots import STAND_INS, STYLE, WIDE, Canvas
+from ouro_jax.reporting.figures import figure_file
+from ouro_jax.reporting.plots import STAND_INS, Canvas
 
 
 @dataclass(frozen=True)
@@ -157,14 +156,8 @@ PLOTS = (
 
 def save_png(results: Results, path: Path) -> Path:
     """The first figure that the results have and the one by depth, side by side, as a picture."""
-    colours = light_colours()
-    real = {STAND_INS[name]: colour for name, colour in colours.items() if name in STAND_INS}
-    with matplotlib.rc_context({key: real.get(value, value) for key, value in STYLE.items()}):
-        figure = WIDE.figure(400)
-        figure.set_facecolor(colours["paper"])
-        figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.12)
+    with figure_file(path, 400) as (figure, colours):
         left, right = figure.subplots(1, 2)
         (_lines if results.axis else _bars)(left, results, colours)
         _depth(right, results, colours)
-        figure.savefig(path, dpi=144)
     return path

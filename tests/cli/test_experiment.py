@@ -18,7 +18,10 @@ MANO = runpy.run_path({mano!r})
 def get_config(protocol="small"):
     config = from_config_dict(MANO["get_config"]("smoke"))
     stage = dataclasses.replace(config.stages["stable_1a"], tokens=20 * 1024, warmup_tokens=1024)
-    return to_config_dict(dataclasses.replace(config, stages={{"stable_1a": stage}}))
+    evaluation = dataclasses.replace(config.evaluation, num_loops=2)
+    return to_config_dict(
+        dataclasses.replace(config, stages={{"stable_1a": stage}}, evaluation=evaluation)
+    )
 
 def get_experiment(protocol="small"):
     runs = looped_and_baselines(1, 2)[:2]
@@ -90,6 +93,7 @@ def test_models_are_trained_evaluated_and_drawn_once(project, first):
         (["depht"], "Did you mean 'depth'"),
         (["depth", "--workdir=d"], "needs --checkpoint"),
         (["depth", "--workdir=d", "--checkpoint=nowhere"], "no such folder"),
+        (["safety", "--workdir=d", "--checkpoint=w"], "huggingface.co/datasets/LLM-Tuning-Safety"),
     ],
 )
 def test_bad_input(project, arguments, says):

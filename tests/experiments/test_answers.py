@@ -64,30 +64,32 @@ def test_scores_equal_a_direct_computation(opened):
     assert scores[0].nats != scores[1].nats
 
 
+ENDS = ((0, 0), (0, 5), (5, 5))
+
+
 @dataclasses.dataclass(frozen=True)
 class LongAnswers(Mano):
-    """All tokens behind `<bos>` are the answer."""
+    """The last two tokens are the answer: in turns two zeros, one, none."""
 
     def heldout(self, name):
-        problems = super().heldout(name)
-        masks = [np.arange(len(problem.tokens)) > 0 for problem in problems]
-        return [Document(p.tokens, mask) for p, mask in zip(problems, masks, strict=True)]
+        problems = []
+        for number, problem in enumerate(super().heldout(name)):
+            tokens = np.array([*problem.tokens[:-2], *ENDS[number % 3]], np.int32)
+            problems.append(Document(tokens, np.arange(len(tokens)) >= len(tokens) - 2))
+        return problems
 
 
 def test_a_problem_is_right_when_all_tokens_of_its_answer_are(tmp_path, monkeypatch):
     monkeypatch.setattr("ouro_jax.data.tasks.rows.TASKS", {"mano": LongAnswers})
     root = build_task(tmp_path, TASK, [LENGTH])
-    task = make_task(TASK)
     rows = open_source(root, "mano", "heldout", LENGTH)
-    model, params = random_model(len(task.vocabulary))
-    # Every token is as probable as any other, and the first of equals is taken.
+    vocab_size = len(make_task(TASK).vocabulary)
+    model, params = random_model(vocab_size)
+    # Every token is as probable as any other, and the first of equals, 0, is taken.
     params = {**params, "lm_head": jax.tree.map(jnp.zeros_like, params["lm_head"])}
     (score,) = score_answers(model, params, rows, (1,))
-    targets = [problem.tokens[1:] for problem in task.heldout("mano")]
-    assert score.exact == 0
-    assert score.token_accuracy == pytest.approx(np.mean(np.concatenate(targets) == 0))
-    lengths = [len(target) for target in targets]
-    assert score.nats == pytest.approx(np.mean(lengths) * np.log(len(task.vocabulary)), rel=1e-5)
+    assert score.exact == pytest.approx(1 / 3) and score.token_accuracy == pytest.approx(1 / 2)
+    assert score.nats == pytest.approx(2 * np.log(vocab_size), rel=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)

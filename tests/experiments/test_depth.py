@@ -9,7 +9,8 @@ from studied import heldout, log_softmax, subject, whole_logits
 from ouro_jax.errors import ConfigError
 from ouro_jax.experiments.depth import run_depth
 from ouro_jax.experiments.scores import prepared_heldout
-from ouro_jax.experiments.study import Subject, read_records
+from ouro_jax.experiments.study import Subject
+from ouro_jax.training.lines import read_lines
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -46,7 +47,7 @@ def test_a_second_run_finds_what_the_first_wrote_and_a_torn_line_is_done_again(t
     # Other weights under the same name are another checkpoint.
     other = Subject("random", subject().config, {**subject().params, "more": np.zeros(1)})
     assert other.key["weights"] != subject().key["weights"]
-    assert [record["source"] for record in read_records(path)] == ["a", "b"]
+    assert [record["source"] for record in read_lines(path)] == ["a", "b"]
 
 
 def test_data_that_is_not_there_is_named(tmp_path):
