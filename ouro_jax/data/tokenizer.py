@@ -166,9 +166,10 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of text that each token stands for: int32 [V]; special tokens count 0.
 
     In a byte-level vocabulary every character of an entry stands for one byte; a word of a
-    word-level one stands for itself and a space. ConfigError for tokenizers of another kind.
+    word-level one without a decoder, which puts spaces between words, stands for itself and a
+    space. ConfigError for tokenizers of another kind.
     """
-    if isinstance(tokenizer.model, models.WordLevel):
+    if isinstance(tokenizer.model, models.WordLevel) and tokenizer.decoder is None:
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         return np.array([len(word.encode()) + 1 for word, _ in vocabulary], np.int32)
     if "ByteLevel" not in str(tokenizer.decoder):

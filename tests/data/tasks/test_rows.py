@@ -6,7 +6,7 @@ import pytest
 from ouro_jax.data.mixture import heldout_batches, list_sources, open_mixture
 from ouro_jax.data.rows import RowSource
 from ouro_jax.data.tasks.rows import build_task, make_task, pack_row
-from ouro_jax.data.tokenizer import load_tokenizer
+from ouro_jax.data.tokenizer import load_tokenizer, token_byte_lengths
 from ouro_jax.errors import ConfigError
 
 SETTINGS = {
@@ -55,6 +55,8 @@ def test_the_tokenizer_speaks_the_vocabulary(root):
     text = "<bos> <len_1> + 3 4 <ans> 2"
     assert tokenizer.encode(text).ids == task.encode(text.split()).tolist()
     assert tokenizer.get_vocab_size() == len(task.vocabulary) == 15
+    lengths = token_byte_lengths(tokenizer)
+    assert sum(lengths[tokenizer.encode(text).ids]) == len(text) + 1  # a space behind every word
 
 
 def test_padding_ends_a_row():
