@@ -99,9 +99,9 @@ def free_port() -> int:
 
 
 def ouro(
-    verb: str, *arguments: str, devices: int = 1, cwd: Path | None = None
+    verb: str, *arguments: str, devices: int = 1, cwd: Path | None = None, keep: bool = False
 ) -> subprocess.CompletedProcess:
-    """`ouro VERB …` in a process of its own, its output captured."""
-    return subprocess.run(
-        **command(verb, *arguments, devices=devices), capture_output=True, cwd=cwd
-    )
+    """`ouro VERB …` in a process of its own, its output captured; `keep`: see kept_programs."""
+    options = command(verb, *arguments, devices=devices)
+    options["env"] |= kept_programs() if keep else {}
+    return subprocess.run(**options, capture_output=True, cwd=cwd)
