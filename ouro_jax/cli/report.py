@@ -1,10 +1,15 @@
-"""Writes one self-contained page of plots, tables and samples from what a run wrote.
+"""Writes one self-contained page of plots, tables and samples from what a run wrote, or of all runs.
 
   ouro report --workdir=runs/tiny
   ouro report --workdir=runs/mine --prompt='Once upon' --exit=q:0.5 --max_new_tokens=100
+  ouro report --workdir=runs
 
 Writes WORKDIR/report.html from metrics.jsonl, config.json and the newest checkpoint, which
 continues the prompts; a run that is still going may be reported on. Prints the held-out table too.
+
+Of a folder that is no run itself, WORKDIR/report.html gathers what lies in it, up to two levels
+down: a table of all experiments, studies, sweeps and runs, then the experiments and studies one by
+one, beside the paper's numbers. An experiment's own folder gets its own page again.
 """
 
 from collections.abc import Mapping
@@ -15,8 +20,9 @@ from absl import flags
 from rich.console import Console
 
 from ouro_jax.cli.common import FLAGS, required, run_verb
+from ouro_jax.errors import ConfigError
 
-flags.DEFINE_string("workdir", "", "Folder of the run.")
+flags.DEFINE_string("workdir", "", "Folder of the run, or of several.")
 flags.DEFINE_multi_string(
     "prompt", ["def main(", "The function returns", "import "], "Text for the samples to continue."
 )
@@ -30,13 +36,39 @@ def main() -> Mapping[str, Any]:
     # Loading matplotlib and jax takes seconds; a missing flag should not wait for them.
     from ouro_jax.reporting.report import write_report
     from ouro_jax.reporting.tables import heldout_table
-    from ouro_jax.training.run_log import read_log
+    from ouro_jax.training.run_log import FILE_NAME, read_log
 
+    if not (Path(workdir) / FILE_NAME).is_file():
+        return gather(workdir)
     records = read_log(workdir)
     path = write_report(workdir, make_samples(workdir))
     Console().print(heldout_table(records))
     print(f"{path}: open it in a browser.")
     return {"workdir": workdir, "report": str(path)}
+
+
+def gather(workdir: str) -> Mapping[str, Any]:
+    """Writes the page of a folder that is no run: of the experiment that it is, or of all in it."""
+    from ouro_jax.reporting import experiment
+    from ouro_jax.reporting.findings import findings_table, write_findings
+
+    if (Path(workdir) / experiment.DESCRIBED).is_file():
+        written = experiment.write_report(Path(workdir))
+        if not written:
+            raise ConfigError(
+                f"--workdir={workdir}: no run of this experiment is evaluated yet; go on with "
+                "`ouro experiment`."
+            )
+        path, found = written[-1], []
+    else:
+        path, found = write_findings(workdir)
+        Console().print(findings_table(found))
+    print(f"{path}: open it in a browser.")
+    return {
+        "workdir": workdir, "report": str(path),
+        "found": [{"kind": f.kind, "name": f.name, "state": f.state, "headline": f.headline}
+                  for f in found],
+    }  # fmt: skip
 
 
 def make_samples(workdir: str) -> list[Any]:

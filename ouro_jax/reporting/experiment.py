@@ -13,6 +13,7 @@ from rich.table import Table
 from ouro_jax.reporting import experiment_plots, page
 from ouro_jax.reporting.plots import NARROW, WIDE, svg
 from ouro_jax.training.lines import read_lines
+from ouro_jax.training.run_log import FILE_NAME
 
 Record = Mapping[str, Any]
 REPORT, FIGURE = "report.html", "results.png"
@@ -133,6 +134,34 @@ def experiment_sections(workdir: Path) -> list[str]:
     return [page.section(title, str(workdir), ""), *_sections(described, results, summary)]
 
 
+def experiment_state(workdir: Path) -> tuple[str, str]:
+    """How far the experiment in `workdir` is, and what came of it, in a few words each."""
+    _, results, summary = _read(workdir)
+    begun = len(list(workdir.glob(f"*/{FILE_NAME}")))
+    if results is None:
+        return f"no run evaluated, {begun:,} begun", "nothing yet"
+    done = len({record["run"] for record in results.records})
+    more = f", {begun - done:,} more begun" if begun > done else ""
+    return f"{done:,} runs evaluated{more}", _headline(summary)
+
+
+def _headline(summary: Sequence[Record]) -> str:
+    """The means of the main set, at the axis' last value; the looped model first."""
+    main = [entry for entry in summary if entry["set"] == summary[0]["set"]]
+    at = max((e["axis"] for e in main if e["axis"] is not None), default=None)
+    main = sorted((e for e in main if e["axis"] == at), key=lambda entry: entry["loops"] == 1)
+    first = main[0]
+    where = first["set"] if at is None else f"{first['set']}, {at:,}"
+    models = ", ".join(
+        f"{entry['model']} {entry['mean']:.3f}" + (f" ({entry['role']})" if entry["role"] else "")
+        for entry in main
+    )
+    return (
+        f"{first['metric']} of {where}: {models}; "
+        f"{first['reference']} {first['reference_value']:.3f}"
+    )
+
+
 def _read(
     workdir: Path,
 ) -> tuple[Record, experiment_plots.Results | None, list[dict[str, Any]]]:
@@ -158,7 +187,7 @@ def _sections(
         page.section(
             "Results", "On held-out problems, after as many loops as trained; the reference of "
             "exact match is chance, the best answer without reading.",
-            _table(COLUMNS, [_cells(entry) for entry in summary]),
+            page.table(COLUMNS, [_cells(entry) for entry in summary]),
         ),
         *(_figure(plot, results) for plot in experiment_plots.PLOTS if plot.shows(results)),
         _published(described["published"], described["differences"]),
@@ -185,17 +214,6 @@ def _header(title: str, summary: Sequence[Mapping[str, Any]], workdir: Path) -> 
     )
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in rows
-    )
-    return (
-        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{lines}</tbody>\n</table></div>\n"
-    )
-
-
 def _published(published: Sequence[Mapping[str, Any]], differences: Sequence[str]) -> str:
     if not published:
         return ""
@@ -205,5 +223,5 @@ def _published(published: Sequence[Mapping[str, Any]], differences: Sequence[str
     differ = f"<p>Here it is otherwise:</p>\n<ul>\n{items}</ul>\n" if differences else ""
     return page.section(
         "The paper's numbers", "Read from the paper's table or figure; see the card for where.",
-        _table(columns, rows) + differ,
+        page.table(columns, rows) + differ,
     )  # fmt: skip

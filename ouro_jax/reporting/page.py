@@ -1,5 +1,6 @@
 """The parts of the report's page. Everything that comes from a run is escaped here."""
 
+import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -25,14 +26,15 @@ class Sample(TypedDict):
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A whole page. Its policy forbids the browser to load or run anything."""
+    """A whole page. Its policy forbids the browser to run anything, and to load anything that does
+    not lie in the page itself."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'">
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{escape(title)}</title>
 <style>{CSS}</style>
 </head>
@@ -61,6 +63,28 @@ def figure(title: str, drawings: Sequence[str], caption: str) -> str:
     return (
         f'<section>\n<h2>{escape(title)}</h2>\n<figure role="img" aria-label="{escape(title)}">\n'
         f"{''.join(drawings)}\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n</section>\n"
+    )
+
+
+def picture(title: str, png: bytes, caption: str) -> str:
+    """A drawing that is there as a PNG file, under its title and above what to look for."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return (
+        f'<section>\n<h2>{escape(title)}</h2>\n<figure>\n<img src="{source}" '
+        f'alt="{escape(title)}">\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n'
+        "</section>\n"
+    )
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of plain texts, `columns` its heads; it scrolls where it is too wide."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in rows
+    )
+    return (
+        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{lines}</tbody>\n</table></div>\n"
     )
 
 

@@ -73,6 +73,8 @@ th.baseline, td.baseline { border-left: 1px solid var(--line); }
 details { margin: 16px 0 0; }
 summary { cursor: pointer; color: var(--accent); font-size: 15px; }
 figure { margin: 18px 0 0; }
+/* A picture has the light theme's colours for good, so in the dark it is a card. */
+figure img { display: block; width: 100%; height: auto; border-radius: 10px; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; }
 svg.narrow { display: none !important; }
@@ -101,6 +103,10 @@ figcaption { margin: 8px 0 0; max-width: 68ch; }
 .loop-3 { --loop: var(--loop-3); } .loop-4 { --loop: var(--loop-4); }
 .loop-5 { --loop: var(--loop-5); } .loop-6 { --loop: var(--loop-6); }
 .loop-7 { --loop: var(--loop-7); } .loop-8 { --loop: var(--loop-8); }
+article { border-top: 1px solid var(--line); margin-top: 72px; }
+article > section:first-child h2 { margin-top: 28px; }
+article > section + section h2 { font-size: 19px; margin-top: 36px; }
+a { color: var(--accent); }
 footer { margin-top: 64px; color: var(--faint); font-size: 14px; }
 @media (max-width: 720px) {
   main { padding: 28px 16px 48px; }
