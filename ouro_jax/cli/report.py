@@ -1,4 +1,4 @@
-"""Writes one self-contained page of plots, tables and samples from what a run wrote, or of all runs.
+"""Writes one self-contained page of plots, tables and samples: of a run, or of all in a folder.
 
   ouro report --workdir=runs/tiny
   ouro report --workdir=runs/mine --prompt='Once upon' --exit=q:0.5 --max_new_tokens=100

@@ -103,8 +103,9 @@ def _read_depth(records: Sequence[Record]) -> Outcome:
         (place for place, value in enumerate(first[field]) if value is not None),
         key=first[field].__getitem__, default=None,
     )  # fmt: skip
-    headline = f"{first['checkpoint']}, {first['source']}: {_number(first[field][first['trained_loops'] - 1])} {unit} at "
-    headline += f"the {first['trained_loops']} loops trained"
+    trained = first["trained_loops"]
+    headline = f"{first['checkpoint']}, {first['source']}: {_number(first[field][trained - 1])} "
+    headline += f"{unit} at the {trained} loops trained"
     if best is not None:
         headline += f", {_number(first[field][best])} at the best, {best + 1}"
     return Outcome(
@@ -150,8 +151,9 @@ def _read_exits(records: Sequence[Record]) -> Outcome:
     last = expected[names[-1]]
     return Outcome(
         FINISHED,
-        f"{names[-1]}, Q-exit at 0.5: {last['realised']:.3f} nats at {last['realised_depth']:.2f} loops; all "
-        f"{full[names[-1]]['mean_depth']:.0f}: {full[names[-1]]['loss']:.3f}",
+        f"{names[-1]}, Q-exit at 0.5: {last['realised']:.3f} nats at "
+        f"{last['realised_depth']:.2f} loops; all {full[names[-1]]['mean_depth']:.0f}: "
+        f"{full[names[-1]]['loss']:.3f}",
         [Table(f"How shallow a rule gets for at most {AT_MOST_MORE:.0%} more loss",
                ["checkpoint", "rule", "at", "mean depth", "nats per token", "accuracy", "FLOPs"],
                rows)],
@@ -179,7 +181,8 @@ def _read_kv(records: Sequence[Record]) -> Outcome:
     ]
     columns, rows = kv_cells(mine)
     return Outcome(
-        FINISHED, f"{mine[0]['checkpoint']}, answers as with the full cache: {', '.join(told) or '–'}",
+        FINISHED,
+        f"{mine[0]['checkpoint']}, answers as with the full cache: {', '.join(told) or '–'}",
         [Table(f"Greedy answers by policy; {PAPER_CAPTION}", columns, rows)],
     )  # fmt: skip
 
@@ -199,10 +202,12 @@ def _read_faithfulness(records: Sequence[Record]) -> Outcome:
     ]
     key = (2, 4) if (2, 4) in shares else pairs[-1]
     paper = f" (paper {PAPER_AGREEMENT[key]:.1%})" if key in PAPER_AGREEMENT else ""
-    headline = f"{last['checkpoint']}, depths {key[0]} and {key[1]} agree on {shares[key]:.1%} of {total:,}{paper}"
+    headline = f"{last['checkpoint']}, depths {key[0]} and {key[1]} agree on {shares[key]:.1%} of "
+    headline += f"{total:,}{paper}"
     return Outcome(
         FINISHED, headline,
-        [Table(f"Same answer at two depths, {last['questions']}", ["depths", "here", "paper"], rows)],
+        [Table(f"Same answer at two depths, {last['questions']}", ["depths", "here", "paper"],
+               rows)],
     )  # fmt: skip
 
 
@@ -268,19 +273,21 @@ STUDIES = {
         "The paper's compares exit rules by MMLU accuracy; here it is the next token on held-out "
         "rows, and what a token that left early would have fed later tokens is not simulated.",
         [Drawing("exits.png", "Loss and accuracy by mean depth",
-                 "A line is a rule. Look for the gate's to lie on the better side of fixed depths."),
+                 "A line is a rule. Look for the gate's to lie on the better side of fixed "
+                 "depths."),
          Drawing("calibration.png", "Does the gate know what a loop brings?",
                  "Look for points along the dotted target: the gate then says how likely a "
                  "further loop is to improve the token. Right: losses expected and taken.")],
     ),
     "kv": Study(
         "kv.jsonl", _read_kv,
-        "The paper's is exact match of the answers to GSM8K and MATH-500 by Ouro-1.4B; here answers "
-        "to held-out prompts are compared with those of the full cache.",
+        "The paper's is exact match of the answers to GSM8K and MATH-500 by Ouro-1.4B; here "
+        "answers to held-out prompts are compared with those of the full cache.",
     ),
     "faithfulness": Study(
         "faithfulness.jsonl", _read_faithfulness,
-        "The paper's is Ouro-1.4B on 1,000 Quora question pairs; the questions here are named above.",
+        "The paper's is Ouro-1.4B on 1,000 Quora question pairs; the questions here are named "
+        "above.",
         [Drawing("probes.png", "Can the answer be read before it is given?",
                  "AUC of a linear probe on the states of earlier loops; 0.5 is guessing. Look for "
                  "pale cells before the loop that answers: the answer was not there yet."),
