@@ -218,7 +218,10 @@ def _published(published: Sequence[Mapping[str, Any]], differences: Sequence[str
     if not published:
         return ""
     columns = list(published[0])
-    rows = [[str(row[column]) for column in columns] for row in published]
+    rows = [
+        [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row[name] for name in columns)]
+        for row in published
+    ]
     items = "".join(f"<li>{escape(text)}</li>\n" for text in differences)
     differ = f"<p>Here it is otherwise:</p>\n<ul>\n{items}</ul>\n" if differences else ""
     return page.section(

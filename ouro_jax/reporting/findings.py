@@ -161,7 +161,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 def _header(title: str, findings: Sequence[Finding]) -> str:
     counts = [(kind, [f for f in findings if f.kind == kind]) for kind in KINDS]
-    facts = [(name_of_several(kind).capitalize(), f"{len(found):,}", "") for kind, found in counts]
+    facts = [(_several(kind).capitalize(), f"{len(found):,}", "") for kind, found in counts]
     return (
         '<header>\n<p class="kicker">Looped language models</p>\n'
         f'<h1>{escape(title)}</h1>\n<p class="lead">All that was found here, first as a table, '
@@ -170,7 +170,7 @@ def _header(title: str, findings: Sequence[Finding]) -> str:
     )
 
 
-def name_of_several(kind: str) -> str:
+def _several(kind: str) -> str:
     """studies, training runs, …"""
     return "studies" if kind == STUDY else f"{kind}s"
 
@@ -178,7 +178,7 @@ def name_of_several(kind: str) -> str:
 def _overview(findings: Sequence[Finding]) -> str:
     rows = "".join(map(_row, findings))
     table = (
-        '<div class="scroll"><table>\n<thead><tr><th>kind</th><th class="text">name</th>'
+        '<div class="scroll"><table>\n<thead><tr><th>name</th><th class="text">kind</th>'
         '<th class="text">state</th><th class="text">what came of it</th><th>own page</th></tr>'
         f"</thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
     )
@@ -192,7 +192,7 @@ def _row(finding: Finding) -> str:
     if finding.report:
         report = f'<a href="{quote(finding.report)}">report</a>'
     return (
-        f'<tr><td>{finding.kind}</td><td class="text long">{name}</td>'
+        f'<tr><td>{name}</td><td class="text">{finding.kind}</td>'
         f'<td class="text">{escape(finding.state)}</td>'
         f'<td class="text long">{escape(finding.headline)}</td><td>{report}</td></tr>\n'
     )

@@ -67,12 +67,16 @@ def figure(title: str, drawings: Sequence[str], caption: str) -> str:
 
 
 def picture(title: str, png: bytes, caption: str) -> str:
-    """A drawing that is there as a PNG file, under its title and above what to look for."""
+    """A drawing that is there as a PNG file, under its title and above what to look for.
+
+    `png` has two pixels for each of CSS, as `figures.figure_file` draws.
+    """
+    width = int.from_bytes(png[16:20]) // 2  # a PNG begins with 16 bytes, its width, its height
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return (
         f'<section>\n<h2>{escape(title)}</h2>\n<figure>\n<img src="{source}" '
-        f'alt="{escape(title)}">\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n'
-        "</section>\n"
+        f'width="{width}" alt="{escape(title)}">\n<figcaption>{escape(caption)}</figcaption>\n'
+        "</figure>\n</section>\n"
     )
 
 

@@ -297,7 +297,7 @@ STUDIES = {
     ),
     "safety": Study(
         "safety.jsonl", _read_safety,
-        "The paper's is HEx-PHI judged by GPT-4o for the released models, at most eight loops.",
+        "The paper's is HEx-PHI judged by GPT-4o for the released models, at one to eight loops.",
         [Drawing("safety.png", "Score and harmful rate by depth",
                  "Look for both to fall as loops are added, beyond those trained too.")],
     ),

@@ -59,6 +59,7 @@ dl.facts small { display: block; font-size: 13px; font-weight: 400; color: var(-
   max-width: 68ch;
 }
 .scroll { overflow-x: auto; }
+.scroll + p { margin-top: 16px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 10px; text-align: right; white-space: nowrap; font-size: 15px; }
 th { font-weight: 500; font-size: 13px; color: var(--faint); border-bottom: 1px solid var(--line); }
@@ -74,7 +75,7 @@ details { margin: 16px 0 0; }
 summary { cursor: pointer; color: var(--accent); font-size: 15px; }
 figure { margin: 18px 0 0; }
 /* A picture has the light theme's colours for good, so in the dark it is a card. */
-figure img { display: block; width: 100%; height: auto; border-radius: 10px; }
+figure img { display: block; max-width: 100%; height: auto; border-radius: 10px; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; }
 svg.narrow { display: none !important; }
