@@ -17,7 +17,7 @@ VERBS = {
     "plan": "compile for a pod that is not there: does it fit, what does it cost, what bounds it",
     "sweep": "many runs of one config: run or submit them, and compare what came of it",
     "experiment": "a controlled experiment of the paper: train its models, evaluate, draw",
-    "report": "one page of pictures and tables from what a run wrote",
+    "report": "one page of pictures and tables from what a run wrote, or of all runs in a folder",
 }
 
 

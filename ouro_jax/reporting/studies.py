@@ -24,11 +24,12 @@ PAPER_WEIGHTS_R2 = 0.961
 
 
 class Table(NamedTuple):
-    """A title and texts."""
+    """A title, texts, and a sentence between."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 class Outcome(NamedTuple):
@@ -69,7 +70,7 @@ def read_study(name: str, folder: Path) -> tuple[Outcome, list[str]]:
     study = STUDIES[name]
     outcome = study.read(read_lines(folder / study.records))
     tables = [
-        page.section(table.title, "", page.table(table.columns, table.rows))
+        page.section(table.title, table.note, page.table(table.columns, table.rows))
         for table in outcome.tables
     ]
     drawings = [_drawing(drawing, folder) for drawing in study.drawings]
@@ -183,7 +184,7 @@ def _read_kv(records: Sequence[Record]) -> Outcome:
     return Outcome(
         FINISHED,
         f"{mine[0]['checkpoint']}, answers as with the full cache: {', '.join(told) or '–'}",
-        [Table(f"Greedy answers by policy; {PAPER_CAPTION}", columns, rows)],
+        [Table("Greedy answers by policy", columns, rows, f"{PAPER_CAPTION}.")],
     )  # fmt: skip
 
 
