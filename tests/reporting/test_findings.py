@@ -141,6 +141,29 @@ def test_studies_as_they_write_them(tmp_path):
     assert "img-src data:" in page
 
 
+def test_exit_rules_are_compared_at_almost_no_loss(tmp_path):
+    def curve(rule, *points):
+        points = [{"value": v, "mean_depth": d, "loss": loss, "accuracy": 0.5, "flops": d / 4}
+                  for v, d, loss in points]  # fmt: skip
+        return {"kind": "exits", "checkpoint": "gate", "rule": rule, "points": points}
+
+    curves = [
+        curve("static", (1, 1.0, 3.0), (2, 2.0, 2.05), (4, 4.0, 2.0)),
+        curve("q", (0.2, 1.5, 2.5), (0.5, 2.5, 2.02), (0.9, 3.5, 2.0)),
+        curve("hidden", (7.0, 1.0, 2.5)),
+    ]
+    write(tmp_path / "exits.jsonl", *curves)
+    assert find(tmp_path)[0].state == "not finished"
+    expected = {"kind": "expected", "checkpoint": "gate", "realised": 2.02, "realised_depth": 2.5}
+    write(tmp_path / "exits.jsonl", *curves, expected)
+    (finding,) = find(tmp_path)
+    assert finding.headline == "gate, Q-exit at 0.5: 2.020 nats at 2.50 loops; all 4: 2.000"
+    assert [row[1:5] for row in tables("".join(finding.sections))[0][1:]] == [
+        ["all loops", "4", "4.00", "2.000"], ["fixed depth", "4", "4.00", "2.000"],
+        ["Q-exit", "0.5", "2.50", "2.020"], ["hidden difference", "–", "–", "–"],
+    ]  # fmt: skip
+
+
 def test_studies_beside_the_papers_numbers(tmp_path):
     matrix = [[100, 50, 40, 30], [50, 100, 70, 60], [40, 70, 100, 80], [30, 60, 80, 100]]
     old, new = (
