@@ -12,7 +12,8 @@ training. Sets: `questions` is what counts; `facts` says whether the facts are s
 outnumber facts by far (15 to 1 in the paper at 120,000). With 2,000 questions over 288 facts 1 ⊗ 4
 learnt them by heart: its loss on new ones rose from 1.96 to 2.18 nats (steps 166 to 332) while the
 loss in training fell to 0.50.
-Its effect is not measured yet.
+Expect 1 ⊗ 4 above .85 and 1 ⊗ 1 below .4 on new questions after 6,000; a run of 1 ⊗ 4 takes 11
+minutes of a core, of 1 ⊗ 1 four (`docs/experiments.md`).
 
 `paper` follows section 6.2 and appendix B.3. The paper does not say how profiles and questions are
 mixed (here one row in ten holds profiles), which tokens of a question are learnt (all), the weight
