@@ -3,6 +3,7 @@
   ouro train --config=configs/tiny.py --workdir=runs/tiny              every stage
   ouro train --config=configs/tiny.py:fork --workdir=runs/tiny_fork    from its stable_1a, upcycled
   ouro train --config=configs/tiny.py:smoke --workdir=runs/smoke       upcycled, under a minute
+  ouro train --config=configs/tiny.py:long --workdir=runs/long         twelve times the tokens
 
 Needs nothing: the standard library's source, its docstrings and help topics, generated arithmetic,
 and questions made from docstrings are prepared under `data/tiny` first. Expect held-out bits per
@@ -34,16 +35,19 @@ ANNEAL = {"code": 0.4, "prose": 0.4, "math": 0.2}
 MID_TRAINING = {"code": 0.3, "prose": 0.3, "math": 0.1, "sft": 0.3}
 
 LAYERS = 2
+LONG, LONG_GATE = 12, 30  # times the tokens; a gate learns nothing in the demo's 32,000
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """`full`, `fork` or `smoke`."""
-    require_choice(variant, ("full", "fork", "smoke"), "configs/tiny.py variant")
+    """`full`, `fork`, `smoke` or `long`."""
+    require_choice(variant, ("full", "fork", "smoke", "long"), "configs/tiny.py variant")
     config = _full()
     if variant == "fork":
         config = _fork(config)
     if variant == "smoke":
         config = _smoke(config)
+    if variant == "long":
+        config = _long(config)
     return to_config_dict(config)
 
 
@@ -150,3 +154,24 @@ def _smoke(config: Config) -> Config:
         evaluation=EvaluationConfig(every_tokens=10**9, rows_per_source=16, ngram_baselines=True),
         logging=LoggingConfig(every_steps=1),
     )  # fmt: skip
+
+
+def _long(config: Config) -> Config:
+    """Every stage with more tokens, from all of the library: enough that depth pays."""
+
+    def lengthen(name: str, stage: Stage) -> Stage:
+        factor = LONG_GATE if name == "gate" else LONG
+        return dataclasses.replace(
+            stage, tokens=factor * stage.tokens, warmup_tokens=factor * stage.warmup_tokens,
+            batch_tokens=2048, batch_ramp=(),
+        )  # fmt: skip
+
+    return dataclasses.replace(
+        config,
+        name="tiny_long",
+        stages={name: lengthen(name, stage) for name, stage in config.stages.items()},
+        data=DataConfig(root="data/tiny_long", embedded_bytes=30_000_000),
+        checkpoint=CheckpointConfig(every_minutes=10.0, every_tokens=10**9, keep=2),
+        evaluation=dataclasses.replace(config.evaluation, every_tokens=1_000_000),
+        logging=LoggingConfig(every_steps=50),
+    )

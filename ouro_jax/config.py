@@ -112,6 +112,9 @@ class Stage:
     the last `decay_tokens`. `prior` is `uniform` or `geometric:λ`. `transition` says how the
     parameters of the stage before become this one's.
 
+    Every step runs `num_loops` loops or, with `min_loops`, a number of them drawn from `min_loops`
+    to `num_loops`, evenly: a model so trained can be looped further than others (not in the paper).
+
     `mixture` maps a source to its share of rows. Each source goes on where the earlier stages
     with rows of this length left it, and when it has run out starts again in another order; a
     stage whose sources would be read more than `max_epochs` times by its end is refused (0: no
@@ -138,6 +141,7 @@ class Stage:
     prior: str = "uniform"
     transition: str = "none"
     reset_optimizer: bool = False
+    min_loops: int = 0
     max_epochs: float = 0.0
     skip_rows: tuple[tuple[int, int], ...] = ()
 
@@ -259,6 +263,10 @@ def _validate_stage(key: str, stage: Stage) -> None:
     for name in ("entropy_weight", "final_learning_rate", "weight_decay", "warmup_tokens",
                  "decay_tokens", "max_epochs"):  # fmt: skip
         require(getattr(stage, name) >= 0, f"{key}.{name}", getattr(stage, name), "0 or more")
+    require(
+        0 <= stage.min_loops <= stage.num_loops, f"{key}.min_loops", stage.min_loops,
+        f"0 (no fewer than num_loops) to {key}.num_loops = {stage.num_loops}",
+    )  # fmt: skip
     require(
         stage.warmup_tokens < stage.tokens
         and stage.warmup_tokens + stage.decay_tokens <= stage.tokens, f"{key}.warmup_tokens",

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def kept_programs():
     """What a module compiles is kept and not optimized; for tests of what runs do, not how fast."""
     changes = {

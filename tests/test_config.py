@@ -84,6 +84,8 @@ def test_a_wrong_model_names_the_key_the_value_and_what_is_expected(changes, wor
         ({"batch_tokens": 105}, ["batch_tokens = 105", "multiple of", "sequence_length = 10"]),
         ({"batch_ramp": ((500, 95),)}, ["batch_ramp = 95", "multiple of"]),
         ({"batch_ramp": ((500, 50), (400, 60))}, ["batch_ramp = ((500, 50)", "rising"]),
+        ({"min_loops": -1}, ["min_loops = -1", "0 (no fewer than num_loops)"]),
+        ({"min_loops": 9}, ["min_loops = 9", "num_loops = "]),
         ({"max_epochs": -1.0}, ["max_epochs = -1.0", "0 or more"]),
         ({"skip_rows": ((5, 5),)}, ["skip_rows = ((5, 5),)", "start < stop"]),
         ({"skip_rows": ((-1, 5),)}, ["skip_rows = ((-1, 5),)", "sorted and disjoint"]),

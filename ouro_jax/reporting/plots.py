@@ -5,6 +5,7 @@ font, so one drawing serves the light and the dark theme. One unit is one CSS pi
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,9 +138,12 @@ def loss_per_loop(run: RunHistory, canvas: Canvas) -> Figure:
     """Training loss after each loop, over the stages."""
     figure, axes, axis = _over_stages(run, canvas, 330)
     for index in range(len(axis.stages)):
-        x, values = _curves(axis, index, lambda record: record["loss_per_loop"])
+        x, values = _curves(axis, index, _per_loop(axis, index, "loss_per_loop", math.nan))
         for loop in range(values.shape[1]):
-            axes.plot(x, values[:, loop], color=loop_colour(loop + 1), label=f"loop {loop + 1}")
+            # Where depths are drawn, some steps have not run this loop.
+            ran = np.isfinite(values[:, loop])
+            axes.plot(x[ran], values[ran, loop], color=loop_colour(loop + 1),
+                      label=f"loop {loop + 1}")  # fmt: skip
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(MaxNLocator(7))
     axes.yaxis.set_major_formatter("{x:g}")
@@ -154,7 +158,7 @@ def exit_distribution(run: RunHistory, canvas: Canvas) -> Figure:
     figure, axes, axis = _over_stages(run, canvas, 260)
     axes.grid(False)
     for index in range(len(axis.stages)):
-        x, values = _curves(axis, index, lambda record: record["exit_distribution"])
+        x, values = _curves(axis, index, _per_loop(axis, index, "exit_distribution", 0.0))
         tops = np.cumsum(values, axis=1)
         for loop in range(values.shape[1]):
             axes.fill_between(
@@ -174,7 +178,7 @@ def mean_depth(run: RunHistory, canvas: Canvas) -> Figure:
     for index, stage in enumerate(axis.stages):
         x, values = _curves(axis, index, lambda record: [record["mean_depth"]])
         axes.plot(x, values[:, 0], color=ACCENT, label="mean exit depth")
-        loops = len(stage.train[-1]["loss_per_loop"])
+        loops = _most_loops(stage)
         axes.hlines(
             loops, axis.edges[index], axis.edges[index + 1], color=FAINT, linestyle=(0, (4, 3)),
             linewidth=1.2, label="loops of the stage",
@@ -318,6 +322,18 @@ def _over_stages(run: RunHistory, canvas: Canvas, height: int) -> tuple[Figure, 
 
 def _trained(run: RunHistory) -> list[StageHistory]:
     return [stage for stage in run.stages if stage.train]
+
+
+def _most_loops(stage: StageHistory) -> int:
+    return max(len(record["loss_per_loop"]) for record in stage.train)
+
+
+def _per_loop(
+    axis: TokenAxis, index: int, name: str, absent: float
+) -> Callable[[Record], list[float | None]]:
+    """The field `name` of a record, with `absent` for the loops that its step did not run."""
+    loops = _most_loops(axis.stages[index])
+    return lambda record: record[name] + [absent] * (loops - len(record[name]))
 
 
 def _curves(

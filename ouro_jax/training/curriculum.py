@@ -6,11 +6,13 @@ learning rate, so nothing depends on how a run was interrupted.
 
 import dataclasses
 import math
+import statistics
 from collections import Counter
 from functools import cached_property
 
 from ouro_jax.config import GATE_OBJECTIVES, Config, ModelConfig, Stage
 from ouro_jax.data.interleave import Interleave
+from ouro_jax.data.splits import stable_hash
 from ouro_jax.errors import ConfigError
 from ouro_jax.model.flops import train_flops_per_token
 
@@ -72,9 +74,25 @@ class StagePlan:
             return final + (peak - final) * min(left, 1.0)
         return peak
 
+    @property
+    def depths(self) -> range:
+        """Every number of loops that a step of this stage can have."""
+        return range(self.stage.min_loops or self.stage.num_loops, self.stage.num_loops + 1)
+
+    def num_loops(self, row: int) -> int:
+        """The loops of the step that starts at `row`: by a hash, so all hosts draw the same."""
+        return self.depths[stable_hash(f"{self.name}/{row}") % len(self.depths)]
+
     def flops_per_token(self, model: ModelConfig) -> int:
-        """The model's work on one token of this stage; a frozen model has no backward pass."""
-        flops = train_flops_per_token(model, self.stage.sequence_length)
+        """The model's work on one token of this stage, the mean over `depths`.
+
+        A frozen model has no backward pass.
+        """
+        length = self.stage.sequence_length
+        flops = round(statistics.mean(
+            train_flops_per_token(dataclasses.replace(model, num_loops=loops), length)
+            for loops in self.depths
+        ))  # fmt: skip
         return flops // 3 if self.stage.objective in GATE_OBJECTIVES else flops
 
     def batch_sizes(self) -> list[int]:

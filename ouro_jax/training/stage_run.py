@@ -35,7 +35,7 @@ from ouro_jax.training.stage_context import (
 )
 from ouro_jax.training.stage_rows import open_stage_mixture
 from ouro_jax.training.state import TrainState
-from ouro_jax.training.step import StepInputs, compiled_train_step
+from ouro_jax.training.step import StepInputs, StepSpec, compiled_train_step
 
 
 class StageRun:
@@ -48,7 +48,9 @@ class StageRun:
         self.mixture = open_stage_mixture(run.config, run.data_root, self.plan, run.bad_rows)
         self.config, self.stage = run.config, self.plan.stage
         self.spec = step_spec(run.config, stage)
-        self.step = compiled_train_step(self.spec)
+        self.programs = {
+            loops: compiled_train_step(_with_loops(self.spec, loops)) for loops in self.plan.depths
+        }
         self.sharding = batch_sharding(stage.mesh, microbatched=True)
         self.unread: tuple[Position, Any, float] | None = None
         self.times, self.peak = run.times, peak_flops(run.config.model.dtype)
@@ -136,16 +138,18 @@ class StageRun:
         )), step=np.int32(before.step)))  # fmt: skip
         inputs = inputs._replace(requests=self.requests.ask(before.step))
         batch, step = place(batch, self.sharding), before.step + 1
+        loops = self.plan.num_loops(start)
+        program = self.programs[loops]
         with (
-            self.times.program(self.plan.name, step, microbatches),
+            self.times.program(self.plan.name, step, (microbatches, loops)),
             jax.profiler.StepTraceAnnotation("train", step_num=step),
         ):
             if is_repeated(self.config.guard, step):
                 self.state, metrics = step_twice(
-                    self.step, self.context.mesh, self.state, batch, inputs, before
+                    program, self.context.mesh, self.state, batch, inputs, before
                 )
             else:
-                self.state, metrics = self.step(self.state, batch, inputs)
+                self.state, metrics = program(self.state, batch, inputs)
         self.run_.watchdog.has_unsaved = True
         self.position = dataclasses.replace(
             before,
@@ -243,3 +247,8 @@ class StageRun:
                 self.config, run.data_root, self.plan, self.spec, self.state.params
             ):
                 run.log.write(record | where(self.position) | {"time": time.time()})
+
+
+def _with_loops(spec: StepSpec, loops: int) -> StepSpec:
+    """The same step with another number of loops."""
+    return dataclasses.replace(spec, model=dataclasses.replace(spec.model, num_loops=loops))

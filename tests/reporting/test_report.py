@@ -4,9 +4,12 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from ouro_jax.errors import ConfigError
+from ouro_jax.reporting import plots
+from ouro_jax.reporting.history import sort_records
 from ouro_jax.reporting.report import PLOTS, write_report
 from ouro_jax.training.timing import LOST_PARTS, PARTS
 
@@ -215,6 +218,22 @@ def test_nulls_and_a_single_step_still_draw(tmp_path):
     records[1] |= {"loss_per_loop": [None] * 8, "mean_depth": None}
     write_log(tmp_path, records)
     assert write_report(tmp_path).read_text().count("<svg") == 2 * NUM_TRAIN_PLOTS
+
+
+def test_steps_at_drawn_depths_draw_the_loops_that_they_ran():
+    records = synthetic_records()
+    first = [record for record in records if record["kind"] == "train"][:6]
+    for record in first[::2]:
+        record["loss_per_loop"], record["exit_distribution"] = [3.0, 2.0], [0.25, 0.75]
+    run = sort_records(records)
+    lines = plots.loss_per_loop(run, plots.WIDE).axes[0].lines
+    drawn = {line.get_label(): len(line.get_xdata()) for line in lines[:8]}
+    assert drawn["loop 2"] == 6 and drawn["loop 3"] == drawn["loop 8"] == 3
+    assert np.isfinite(lines[7].get_ydata()).all()
+    shares = plots.exit_distribution(run, plots.WIDE).axes[0].collections[7].get_paths()[0]
+    assert shares.vertices[:, 1].min() > 0.5 and shares.vertices[:, 1].max() == pytest.approx(1)
+    depth = plots.mean_depth(run, plots.WIDE).axes[0].collections[0]
+    assert depth.get_segments()[0][0][1] == 8
 
 
 def test_an_empty_log_and_a_broken_side_file_are_named(tmp_path):

@@ -180,3 +180,24 @@ def test_sources_go_on_where_earlier_stages_with_rows_of_their_length_stopped():
     assert first_rows(config, "gate") == {"code": 100 + 90, "math": 30}
     fork = stages_of(first_stage="stable_1b", init_from="elsewhere")
     assert first_rows(fork, "stable_1b") == {"code": 100}
+
+
+def test_loops_are_drawn_evenly_where_fewer_are_allowed():
+    drawn = [plan(num_loops=4, min_loops=2).num_loops(row) for row in range(0, 30_000, 10)]
+    counts = {loops: drawn.count(loops) for loops in set(drawn)}
+    assert set(counts) == {2, 3, 4}
+    assert all(abs(count - 1000) < 4 * math.sqrt(1000 * 2 / 3) for count in counts.values())
+    assert {plan(num_loops=4).num_loops(row) for row in range(0, 1000, 10)} == {4}
+
+
+def test_work_on_a_token_is_that_of_the_mean_depth():
+    model = ModelConfig(
+        vocab_size=100, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=1,
+        num_kv_heads=1, head_dim=8, num_loops=4,
+    )  # fmt: skip
+    each = [
+        plan(num_loops=loops).flops_per_token(dataclasses.replace(model, num_loops=loops))
+        for loops in (2, 3, 4)
+    ]
+    assert plan(num_loops=4, min_loops=2).flops_per_token(model) == round(sum(each) / 3)
+    assert each[0] < each[1] < each[2] == plan(num_loops=4).flops_per_token(model)

@@ -49,12 +49,12 @@ def folder(tmp_path_factory):
 def config(folder):
     """The micro run, its data made already and read as any prepared data.
 
-    So little of it that sources run out; a span of stable_1b is skipped.
+    So little of it that sources run out; a span of stable_1b is skipped and its depths are drawn.
     """
     config = micro_config(folder / "data", data=DataConfig(str(folder / "data"), 30_000))
     root = trainer.prepare_data(config)
-    skipping = dataclasses.replace(config.stages["stable_1b"], skip_rows=SKIPPED)
-    stages = {**config.stages, "stable_1b": skipping}
+    stable_1b = dataclasses.replace(config.stages["stable_1b"], skip_rows=SKIPPED, min_loops=1)
+    stages = {**config.stages, "stable_1b": stable_1b}
     return dataclasses.replace(config, data=DataConfig(root=str(root)), stages=stages)
 
 
@@ -152,7 +152,7 @@ def goodput_counts_the_lost_steps(lines: list[dict], saved: int, killed: int) ->
     first, second = lines[: lines.index(begun[1])], lines[lines.index(begun[1]) :]
     *_, last = (line for line in first if line["kind"] == "window")
     assert last["step"] >= killed
-    for attempt, cached in ((first, [False, False, False]), (second, [True, True])):
+    for attempt, cached in ((first, [False] * 4), (second, [True] * 3)):
         compiled = [line["from_cache"] for line in attempt if line["kind"] == "compile"]
         assert compiled == cached
     spent = time_spent(lines)
@@ -197,6 +197,17 @@ def test_the_log_follows_the_clock(finished):
     rates = np.array([record["learning_rate"] for record in training[:7]])
     np.testing.assert_allclose(rates / rates[-1], np.array([1, 2, 3, 4, 6, 8, 8]) / 8, rtol=1e-6)
     assert training[-1]["loss_per_loop"][-1] < training[0]["loss_per_loop"][-1] - 0.5
+
+
+def test_steps_run_the_loops_that_were_drawn(config, finished):
+    ran = {name: [] for name in config.stages}
+    for record in train_records(finished):
+        assert len(record["exit_distribution"]) == len(record["loss_per_loop"])
+        ran[record["stage"]].append(len(record["loss_per_loop"]))
+    assert set(ran["stable_1a"]) == set(ran["gate"]) == {2}
+    plan = StagePlan("stable_1b", config.stages["stable_1b"])
+    assert ran["stable_1b"] == [plan.num_loops(row) for row in range(0, plan.total_rows, 8)]
+    assert 20 < ran["stable_1b"].count(1) < 60
 
 
 def restarts(workdir: Path) -> list[dict]:
