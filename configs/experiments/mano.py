@@ -46,6 +46,8 @@ SHAPES = {
     "paper": Shape(layers=2, width=1024, heads=16, mlp=2816, rows=128, length=1024,
                    steps=80_000, warmup_steps=1000, learning_rate=2e-4),
 }  # fmt: skip
+# As much work as four loops in the mean, and trained for no depth in particular.
+DRAWN_DEPTH = [{"stages.*.num_layers": 1, "stages.*.num_loops": 6, "stages.*.min_loops": 2}]
 PAPER_STEPS = {10: 80_000, 16: 110_000, 24: 200_000}
 
 
@@ -68,11 +70,17 @@ def get_experiment(protocol: str = "small") -> Experiment:
         f"{TASKS[protocol]['modulus']}, not 10 to 24 modulo 23",
         f"width {SHAPES[protocol].width} and one layer, not 1,024 and 2 to 6",
         "loss on the answer, not on all tokens",
-        "one learning rate for all models, not the best of four",
+        "the best of three learning rates for unlooped models and one for looped ones, not the "
+        "best of four for all"
+        if protocol == "small"
+        else "one learning rate, not four",
     ]
-    runs = seeds_first(
-        product(rates([SHAPES[protocol].learning_rate]), looped_and_baselines(1, loops)), seeds
-    )
+    peak = SHAPES[protocol].learning_rate
+    models = product(rates([peak]), looped_and_baselines(1, loops))
+    if protocol == "small":
+        models += product(rates([peak]), DRAWN_DEPTH)
+        models += product(rates([peak / 2, 2 * peak]), model(1, 1) + model(loops, 1))
+    runs = seeds_first(models, seeds)
     return Experiment("mano", runs, published=PUBLISHED, differences=differences)
 
 

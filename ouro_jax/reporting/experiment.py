@@ -40,7 +40,8 @@ def summarise(
     return [
         {
             "set": name, "axis": value, "model": f"{layers}x{loops}", "layers": layers,
-            "loops": loops, "role": role(layers, loops, looped), **_values(groups[key]),
+            "loops": loops, "role": role(layers, loops, looped) + _drawn(groups[key][0]),
+            **_values(groups[key]),
         }
         for key in order
         for name, value, layers, loops in [key]
@@ -57,6 +58,12 @@ def role(layers: int, loops: int, looped: set[tuple[int, int]]) -> str:
     if any(layers == other * times for other, times in looped):
         parts.append("iso-FLOP")
     return ", ".join(parts)
+
+
+def _drawn(record: Record) -> str:
+    """Of a model trained at drawn depths: from how many loops on."""
+    fewest = record["labels"].get("min_loops", 0)
+    return f", {fewest} to {record['trained_loops']} drawn" if fewest else ""
 
 
 def _values(members: Sequence[Record]) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def results_table(summary: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     for entry in summary:
         cells: dict[str, str] = dict(zip(COLUMNS, _cells(entry), strict=True))
-        bold = "bold" if entry["role"] == "looped" else ""
+        bold = "bold" if entry["loops"] > 1 else ""
         table.add_row(*(cells[name] for name in shown), style=bold)
     return table
 

@@ -40,6 +40,13 @@ def test_summary_by_hand():
     assert next(iter(summarise(RECORDS, main_set="length_6")))["set"] == "length_6"
 
 
+def test_drawn_depths_are_named():
+    drawn = record((1, 6), 0, 0.8, labels={"min_loops": 2})
+    roles = {entry["model"]: entry["role"] for entry in summarise([*RECORDS, drawn])}
+    assert roles["1x6"] == "looped, 2 to 6 drawn" and roles["1x4"] == "looped"
+    assert roles["4x1"] == "iso-FLOP"
+
+
 def test_a_model_may_stand_for_both():
     looped = {(6, 2), (3, 4)}
     assert role(12, 1, looped) == "iso-FLOP" and role(6, 1, looped) == "iso-parameter"
