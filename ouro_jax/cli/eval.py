@@ -5,6 +5,7 @@
   ouro eval --checkpoint=downloads/Ouro-1.4B --tasks=paper_depth --loops=1,2,3,4,5,6,7,8 \\
       --output=runs/ouro_1p4b/eval.jsonl
   ouro eval --checkpoint=runs/tiny --tasks=local_arithmetic --exit=q:0.8 --kv=last --json
+  ouro eval --checkpoint=downloads/Ouro-1.4B --tasks=gsm8k --num_fewshot=3 --kv=full,first,last,mean
 
 --tasks names tasks of lm-evaluation-harness (its data comes from the Hugging Face hub), or suites:
 `local` needs no download; `paper` has the settings of the paper's Table 16, `paper_depth` those of
@@ -33,7 +34,9 @@ flags.DEFINE_string("loops", None, "Depths to measure, with commas: 1,2,4; unset
 flags.DEFINE_string(
     "exit", None, "static:2, q:0.8, hidden:0.05, confidence:0.9 or lookahead:0.8; unset: all loops."
 )
-flags.DEFINE_string("kv", "full", "KV policy of generation: full, exited, last, first or mean.")
+flags.DEFINE_string(
+    "kv", "full", "KV policies of generation, with commas: full, exited, last, first, mean."
+)
 flags.DEFINE_integer("limit", None, "Examples of each task at most; unset: all.")
 flags.DEFINE_integer("num_fewshot", None, "Examples in a prompt; unset: what the task says, or 0.")
 flags.DEFINE_string("output", None, "JSONL file that gets the results too.")
@@ -74,8 +77,9 @@ def _harness_records(
     models = [
         HarnessLM(
             checkpoint.config, checkpoint.params, tokenizer, loops=loops, exit=FLAGS.exit,
-            kv=FLAGS.kv,
+            kv=kv,
         )
+        for kv in _words(FLAGS.kv) or [""]
         for loops in depths
     ]  # fmt: skip
     _warn_beyond_training(checkpoint.config, max(depths))
@@ -84,7 +88,8 @@ def _harness_records(
         for benchmark in benchmarks:
             shots = benchmark.num_fewshot
             setting = "" if shots is None else f", {shots} examples in the prompt"
-            print(f"{benchmark.task}: loops {model.loops}{setting}", file=sys.stderr)
+            doing = f"{benchmark.task}: loops {model.loops}, KV {model.kv}{setting}"
+            print(doing, file=sys.stderr)
             yield from run_benchmark(model, benchmark, FLAGS.limit)
 
 
@@ -122,10 +127,12 @@ def _depths() -> list[int] | None:
 
 
 def results_table(records: Sequence[Record]) -> Table:
-    """A row for each task and metric, a column for each number of loops."""
+    """A row for each task, metric and, of several, KV policy; a column for each number of loops."""
+    several = len({record["kv"] for record in records}) > 1
     cells: dict[tuple[str, str, str], dict[int, str]] = {}
 
     def fill(record: Record, metric: str, text: str) -> None:
+        metric += f", kv {record['kv']}" if several else ""
         cells.setdefault((record["task"], metric, f"{record['n']:,}"), {})[record["loops"]] = text
 
     for record in records:

@@ -53,6 +53,20 @@ def test_a_local_task_at_two_depths(checkpoint, tmp_path):
     assert ["local_docs", "mean", "depth", "2", *depths] in rows
 
 
+def test_a_generative_task_under_two_policies(checkpoint):
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    result = ouro_eval(
+        f"--checkpoint={checkpoint}", "--tasks=local_arithmetic", "--kv=full,last", "--limit=1",
+        "--json", COLUMNS="100", **kept_programs(),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])["results"]
+    assert [record["kv"] for record in found] == ["full", "last"]
+    for record in found:
+        assert any(f"{record['metric']}, kv {record['kv']}" in line
+                   for line in result.stdout.splitlines())  # fmt: skip
+
+
 def test_wrong_use_leaves_with_2_and_says_why(checkpoint, tmp_path):
     checkpoint = f"--checkpoint={checkpoint}"
     for arguments, error in (
@@ -60,6 +74,7 @@ def test_wrong_use_leaves_with_2_and_says_why(checkpoint, tmp_path):
         ([checkpoint], "--tasks is missing"),
         ([checkpoint, "--tasks=local", "--loops=0"], "loops = '0'"),
         ([checkpoint, "--tasks=local", "--limit=0"], "limit = 0"),
+        ([checkpoint, "--tasks=local", "--kv=full,lost"], "'lost'"),
         ([checkpoint, "--tasks=local", f"--output={tmp_path}/no/x.jsonl"], "there is no folder"),
     ):
         result = ouro_eval(*arguments)
