@@ -78,17 +78,8 @@ def command(verb: str, *arguments: str, devices: int = 1) -> dict[str, Any]:
 
 def virtual_devices(devices: int) -> dict[str, str]:
     """The environment of a process with so many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-
-
-def kept_programs() -> dict[str, str]:
-    """The environment of a process whose programs are those of the session, and not optimized."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
 
 
 def free_port() -> int:
@@ -99,9 +90,9 @@ def free_port() -> int:
 
 
 def ouro(
-    verb: str, *arguments: str, devices: int = 1, cwd: Path | None = None, keep: bool = False
+    verb: str, *arguments: str, devices: int = 1, cwd: Path | None = None
 ) -> subprocess.CompletedProcess:
-    """`ouro VERB …` in a process of its own, its output captured; `keep`: see kept_programs."""
-    options = command(verb, *arguments, devices=devices)
-    options["env"] |= kept_programs() if keep else {}
-    return subprocess.run(**options, capture_output=True, cwd=cwd)
+    """`ouro VERB …` in a process of its own, its output captured."""
+    return subprocess.run(
+        **command(verb, *arguments, devices=devices), capture_output=True, cwd=cwd
+    )

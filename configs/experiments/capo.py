@@ -32,6 +32,7 @@ from ouro_jax.experiments.experiment import (
     Experiment,
     Shape,
     model,
+    rates,
     seeds_first,
     task_config,
 )
@@ -52,7 +53,7 @@ TASKS = {
 SHAPES = {
     "smoke": Shape(layers=1, width=16, heads=1, mlp=48, rows=16, length=124,
                    steps=0, warmup_steps=10, learning_rate=8e-3),
-    "small": Shape(layers=1, width=32, heads=2, mlp=128, rows=16, length=124,
+    "small": Shape(layers=2, width=24, heads=2, mlp=96, rows=16, length=124,
                    steps=0, warmup_steps=100, learning_rate=8e-3),
     "paper": Shape(layers=2, width=128, heads=2, mlp=352, rows=192, length=512,
                    steps=0, warmup_steps=1000, learning_rate=1e-3),
@@ -78,15 +79,18 @@ def get_experiment(protocol: str = "small") -> Experiment:
         return Experiment(
             "capo", _paper_runs(), axis="people", main_set="biographies", published=PUBLISHED
         )
-    layers, loops, seeds = (1, 2, (0,)) if protocol == "smoke" else (1, 4, (0, 1, 2))
-    task, width = TASKS[protocol], SHAPES[protocol].width
+    loops, seeds = (2, (0,)) if protocol == "smoke" else (4, (0, 1, 2))
+    task, shape = TASKS[protocol], SHAPES[protocol]
     differences = [
         f"{task['people']:,} people met {task['exposures']} times, not 20,000 to 500,000 met 1,000 "
         "times",
-        f"width {width} and one layer, not 1 to 40M parameters",
+        f"width {shape.width} and {shape.layers} layers, not 1 to 40M parameters",
         "pools of 16 values, two sentences per attribute in a fixed order, and no city of work",
     ]
-    runs = seeds_first(model(layers, loops) + model(layers, 1), seeds)
+    peak = shape.learning_rate
+    peaks = [peak] if protocol == "smoke" else [peak / 2, peak]
+    models = product(rates(peaks), model(shape.layers, loops) + model(shape.layers, 1))
+    runs = seeds_first(models, seeds)
     return Experiment(
         "capo", runs, main_set="biographies", published=PUBLISHED, differences=differences
     )

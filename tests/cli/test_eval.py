@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import reference
-from micro_run import kept_programs
 
 from ouro_jax.data.tokenizer import train_tokenizer
 
@@ -35,7 +34,7 @@ def test_a_local_task_at_two_depths(checkpoint, tmp_path):
     output.write_text('{"kind": "earlier"}\n')
     result = ouro_eval(
         f"--checkpoint={checkpoint}", "--tasks=local_docs", "--loops=1,2", "--limit=2",
-        "--exit=q:0.6", f"--output={output}", "--json", COLUMNS="100", **kept_programs(),
+        "--exit=q:0.6", f"--output={output}", "--json", COLUMNS="100",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
@@ -57,7 +56,7 @@ def test_a_generative_task_under_two_policies(checkpoint):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     result = ouro_eval(
         f"--checkpoint={checkpoint}", "--tasks=local_arithmetic", "--kv=full,last", "--limit=1",
-        "--json", COLUMNS="100", **kept_programs(),
+        "--json", COLUMNS="100",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])["results"]

@@ -43,7 +43,7 @@ def project(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(project):
     """What the command says the first time."""
-    result = ouro("experiment", "short", "--workdir=w", "--json", cwd=project, keep=True)
+    result = ouro("experiment", "short", "--workdir=w", "--json", cwd=project)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -51,7 +51,7 @@ def first(project):
 def test_a_study_of_what_was_trained(project, first):
     run = json.loads((project / "w" / "results.jsonl").read_text().splitlines()[0])["run"]
     arguments = ("depth", f"--checkpoint=w/{run}", "--workdir=d", "--json")
-    result = ouro("experiment", *arguments, cwd=project, keep=True)
+    result = ouro("experiment", *arguments, cwd=project)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["files"] == ["d/depth.jsonl", "d/depth.png"]
     records = [json.loads(line) for line in (project / "d/depth.jsonl").read_text().splitlines()]
@@ -78,7 +78,7 @@ def test_models_are_trained_evaluated_and_drawn_once(project, first):
 
     # A run whose checkpoint is gone but whose results are there is not trained again.
     shutil.rmtree(workdir / records[0]["run"])
-    again = ouro("experiment", "short", "--workdir=w", "--json", cwd=project, keep=True)
+    again = ouro("experiment", "short", "--workdir=w", "--json", cwd=project)
     assert json.loads(again.stdout.splitlines()[-1]) == summary
     assert "started" not in again.stderr and "evaluating" not in again.stderr
 
@@ -97,7 +97,7 @@ def test_models_are_trained_evaluated_and_drawn_once(project, first):
     ],
 )
 def test_bad_input(project, arguments, says):
-    result = ouro("experiment", *arguments, cwd=project, keep=True)
+    result = ouro("experiment", *arguments, cwd=project)
     assert result.returncode == 2 and says in result.stderr
 
 

@@ -38,7 +38,7 @@ def sweep(tmp_path_factory):
 
 def test_runs_end_are_compared_and_not_run_again(sweep, tmp_path):
     arguments = [str(sweep), f"--workdir={tmp_path}/w", "--workers=2", "--json"]
-    first = ouro("sweep", *arguments, keep=True)
+    first = ouro("sweep", *arguments)
     assert first.returncode == 1, first.stderr
     assert "vocab_size=200: code 2: error: " in first.stderr and "has 300 entries" in first.stderr
     assert "learning_rate=0.001: started   (0 of 3 ended, 1 running)" in first.stderr
@@ -57,7 +57,7 @@ def test_runs_end_are_compared_and_not_run_again(sweep, tmp_path):
              if record["kind"] == "train"]  # fmt: skip
     assert rates[-1] == pytest.approx(4e-3)
 
-    again = ouro("sweep", *arguments, keep=True)
+    again = ouro("sweep", *arguments)
     assert again.returncode == 1 and "learning_rate" not in again.stderr
     assert json.loads(again.stdout.splitlines()[-1]) == summary
     shown = ouro("sweep", *arguments[:2], "--workers=0", "--json")

@@ -16,8 +16,6 @@ from ouro_jax.experiments.answers import has_many_answers, judge_answers, score_
 from ouro_jax.model.loop_lm import LoopLM
 from ouro_jax.training.state import abstract_params
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 TASK = {"name": "mano", "max_length": 2, "modulus": 3, "heldout_problems": 12}
 LENGTH = 20
 

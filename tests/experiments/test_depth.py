@@ -12,8 +12,6 @@ from ouro_jax.experiments.scores import prepared_heldout
 from ouro_jax.experiments.study import Subject
 from ouro_jax.training.lines import read_lines
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 
 def test_a_record_is_the_direct_forward_pass_of_every_depth():
     records = run_depth(subject(), heldout(), None, num_loops=6)

@@ -7,8 +7,6 @@ from ouro_jax.errors import ConfigError
 from ouro_jax.experiments.exit_times import run_exit_times
 from ouro_jax.experiments.scores import heldout_prompts
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 
 def test_rows_are_measured_on_all_prompts_and_found_again(tmp_path):
     prompts = heldout_prompts(heldout(), 8, 1)

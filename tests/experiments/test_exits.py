@@ -8,7 +8,6 @@ from studied import VOCAB, heldout, log_softmax, subject, whole_logits
 
 from ouro_jax.experiments.exits import run_exits
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
 LOOPS = 4
 
 

@@ -25,7 +25,6 @@ from ouro_jax.inference.generate import generate  # noqa: E402
 from ouro_jax.interop.huggingface import load_huggingface  # noqa: E402
 from ouro_jax.model.loop_lm import LoopLM  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
 WORDS = "the cat sat on the mat: def cat(mat) returns the sat\n"
 
 

@@ -15,7 +15,6 @@ from ouro_jax.inference.generate import Generation, generate
 from ouro_jax.model.loop_lm import LoopLM
 from ouro_jax.reporting.kv import kv_table
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
 NEW = 6
 
 

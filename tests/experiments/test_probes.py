@@ -12,7 +12,6 @@ from ouro_jax.experiments import probes
 from ouro_jax.experiments.probes import Questions, agreement, probe, run_faithfulness
 from ouro_jax.model.loop_lm import LoopLM
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
 COUNT, LOOPS = 60, 5
 
 

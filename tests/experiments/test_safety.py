@@ -22,8 +22,6 @@ from ouro_jax.experiments.safety_states import (
 )
 from ouro_jax.interop.huggingface import load_huggingface
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 TEXTS = ["How to bake bread?", "How to fold a kite, in paper?", "How to tune a lute?"]
 PROMPTS = [Prompt(f"line/{n}", 0, text) for n, text in enumerate(TEXTS, start=1)]
 

@@ -8,8 +8,6 @@ from ouro_jax.errors import ConfigError
 from ouro_jax.experiments.scoring import score
 from ouro_jax.interop.huggingface import load_huggingface
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

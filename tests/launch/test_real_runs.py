@@ -9,7 +9,7 @@ import time
 
 import pytest
 from etils import epath
-from micro_run import BATCH, ROOT, kept_programs, micro_config, write_config
+from micro_run import BATCH, ROOT, micro_config, write_config
 
 from ouro_jax.config import DataConfig
 from ouro_jax.training.checkpoint_files import SUMS, steps_of
@@ -40,8 +40,8 @@ def real(fakes):
     """The real `ouro`, on two virtual devices for each process."""
     fakes.add(ouro=f'exec {sys.executable} -m ouro_jax.cli.main "$@"')
     devices = "--xla_force_host_platform_device_count=2"
-    fakes.env |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
-    fakes.env |= kept_programs()
+    fakes.env |= {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+    fakes.env |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices}
     return fakes
 
 

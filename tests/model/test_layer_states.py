@@ -4,13 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
-import pytest
 from studied import VOCAB, subject
 
 from ouro_jax.model.layer_states import layer_states
 from ouro_jax.model.loop_lm import LoopLM
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
 LENGTHS = np.array([9, 4, 7])
 
 

@@ -95,12 +95,12 @@ def test_a_run_goes_on_from_a_bucket(gcs, tmp_path, monkeypatch):
     arguments = (
         f"--config={write_config(tmp_path / 'micro.py', config)}", f"--workdir={tmp_path}/run",
     )  # fmt: skip
-    first = ouro("train", *arguments, keep=True)
+    first = ouro("train", *arguments)
     assert first.returncode == 0, first.stderr
     assert all_steps(STAGE) == [4, 8, 12] and not (tmp_path / "run" / "stable_1a").exists()
     before = gcs.objects["run/stable_1a/12/SHA256SUMS"]
     gcs.write("run/stable_1a/12/params/_METADATA", b"broken")
-    again = ouro("train", *arguments, keep=True)
+    again = ouro("train", *arguments)
     assert again.returncode == 0, again.stderr
     events = [(event["kind"], event.get("step")) for event in read_events(tmp_path / "run")]
     assert ("set_aside", None) in events and ("resume", 8) in events

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from micro_run import BATCH, ROOT, free_port, kept_programs, micro_config, virtual_devices
+from micro_run import BATCH, ROOT, free_port, micro_config, virtual_devices
 
 from ouro_jax.config import DataConfig, DeadlineConfig, EvaluationConfig, MeshConfig, to_dict
 from ouro_jax.parallel.mesh import make_mesh
@@ -58,7 +58,7 @@ def config_file(config, folder):
 @pytest.fixture(scope="module")
 def start():
     """Starts a run with a fault in a process of its own."""
-    environment = virtual_devices(1) | kept_programs() | {"JAX_PLATFORMS": "cpu"}
+    environment = virtual_devices(1) | {"JAX_PLATFORMS": "cpu"}
 
     def start(config_file, workdir, at="", **task):
         task |= {"config": str(config_file), "workdir": str(workdir), "at": at}

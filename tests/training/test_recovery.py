@@ -24,9 +24,7 @@ from ouro_jax.training.recovery import Patience, Refused, merged, skipping, span
 from ouro_jax.training.run_log import read_log
 from ouro_jax.training.stage_rows import open_stage_mixture
 from ouro_jax.training.state import StateFactory
-from ouro_jax.training.step import compiled_train_step
-
-pytestmark = pytest.mark.usefixtures("kept_programs")
+from ouro_jax.training.step import StepInputs, compiled_train_step
 
 STAGES = ("stable_1b", "gate")
 ROWS = 8
@@ -123,13 +121,18 @@ def rows_of(config: Config, *numbers: int) -> list[bytes]:
     return [mixture.read(number, 1).tokens_BL.tobytes() for number in numbers]
 
 
+def replaced(inputs: StepInputs, field: str, value: float) -> StepInputs:
+    """The inputs with another number, placed as it was: anything else would compile anew."""
+    return inputs._replace(**{field: jax.device_put(np.float32(value))})
+
+
 def poison_rows(poisoned: list[bytes], field: str, value: float):
     """A batch with one of these rows has another number among its inputs."""
 
     def before(state, batch, inputs, call):
         tokens = np.asarray(batch.tokens_BL).reshape(-1, batch.tokens_BL.shape[-1])
         if {row.tobytes() for row in tokens} & set(poisoned):
-            inputs = inputs._replace(**{field: jnp.float32(value)})
+            inputs = replaced(inputs, field, value)
         return state, batch, inputs
 
     return before
@@ -171,7 +174,7 @@ def test_a_fault_of_the_machine_is_skipped_again_by_a_later_attempt(
 
     def before(state, batch, inputs, call):
         if call == 20:
-            inputs = inputs._replace(entropy_weight=jnp.float32(np.nan))
+            inputs = replaced(inputs, "entropy_weight", np.nan)
         if call == 23:
             raise Killed
         return state, batch, inputs
@@ -304,7 +307,7 @@ def test_a_fault_that_stays_ends_the_run(config, tmp_path, monkeypatch):
 
     def before(state, batch, inputs, call):
         if inputs.step >= 18:
-            inputs = inputs._replace(entropy_weight=jnp.float32(np.nan))
+            inputs = replaced(inputs, "entropy_weight", np.nan)
         return state, batch, inputs
 
     Faults(monkeypatch, before)
