@@ -88,7 +88,7 @@ def get_experiment(protocol: str = "small") -> Experiment:
         "pools of 16 values, two sentences per attribute in a fixed order, and no city of work",
     ]
     peak = shape.learning_rate
-    peaks = [peak] if protocol == "smoke" else [peak / 2, peak]
+    peaks = [peak] if protocol == "smoke" else [peak, 2 * peak]
     models = product(rates(peaks), model(shape.layers, loops) + model(shape.layers, 1))
     runs = seeds_first(models, seeds)
     return Experiment(
