@@ -204,12 +204,13 @@ def test_one_device_whose_gradient_is_not_finite_is_enough(config, clean, tmp_pa
 
     once = dataclasses.replace(config, layout=dataclasses.replace(config.layout, gather="once"))
     expected = tmp_path / "clean"
-    trainer.train(with_skips(once, (40, 48)), expected)
     monkeypatch.setattr(step_module, "_summed", lambda spec, *rest: (
         faulty if spec.objective == "expected" else summed
     )(spec, *rest))  # fmt: skip
     step_module.compiled_train_step.cache_clear()
     try:
+        # By the same program, as another one rounds otherwise; it never meets the row.
+        trainer.train(with_skips(once, (40, 48)), expected)
         trainer.train(once, tmp_path / "faulty")
     finally:
         step_module.compiled_train_step.cache_clear()
