@@ -10,9 +10,9 @@ hold everyone is bounded by the data. Each person is met `exposures` times, but 
 biographies that do not fill a batch.
 
 `small` has 27,649 parameters and rows of four biographies without padding; its 12 runs take 50
-minutes of one core. After 100 exposures expect 0.8 to 1.1 bits per parameter of at most 1.78 for both,
-each at the better of two learning rates. It has two layers because a single one without loops
-stores a third less (`docs/experiments.md`).
+minutes of one core. After 100 exposures expect 0.8 to 1.1 bits per parameter of at most 1.78 for
+both, each at the better of two learning rates. It has two layers because a single one without
+loops stores a third less (`docs/experiments.md`).
 
 `paper` follows appendix B.1. The paper gives sizes of 1 to 40M parameters and not the models; ours
 have SwiGLU, and an embedding and a head of their own, so a million parameters hold fewer layers. It

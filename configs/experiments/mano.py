@@ -7,8 +7,8 @@
 Needs nothing: problems are drawn while training, and those evaluated are kept out of it. Expect
 1 ⊗ 4 far above 1 ⊗ 1, which has as many parameters; 4 ⊗ 1, which has as many FLOPs and four times
 the parameters, spreads widely over seeds. `small` trains each model on 25.9 M tokens, the unlooped
-ones at three learning rates, and one at 2 to 6 loops, drawn for each step: 24 runs of 3 to 11 minutes
-on one core, about an hour and a half on two.
+ones at three learning rates, and one at 2 to 6 loops, drawn for each step: 24 runs of 3 to 11
+minutes on one core, about an hour and a half on two.
 
 `paper` follows sections 6.2 and B.2; it trains on the last loop's loss, since the paper does not
 say which it took, and on all tokens.
